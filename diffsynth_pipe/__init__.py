@@ -1,0 +1,1 @@
+"""Cache-then-train pipeline for diffusion transformers."""

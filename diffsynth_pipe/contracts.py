@@ -1,0 +1,260 @@
+"""What a model family, an encode unit and a training task are. Read this first.
+
+A run is a graph of encode units in front of a denoiser. ``graph.cut`` splits it where gradients begin: the units before
+the cut run once and fill the cache, the units after it run in every training step.
+
+A plugin is a module in ``families/`` or ``training/tasks/`` that ends in ``PLUGIN = ...``; its name is its file name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from diffsynth_pipe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, dtype
+    from torch.nn import Module
+
+    from cache_store.contract import FieldSpec
+
+Components = Mapping[str, Any]
+"""Loaded components by name. A value is a module, or the family's own bundle of a module and what it needs."""
+
+
+class Input(Protocol):
+    """One metadata value of one sample, not loaded yet."""
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of all that decides what ``load`` returns."""
+
+    def load(self) -> Any:
+        """Return what an encode unit takes: a ``str`` for text, an RGB ``PIL.Image`` of the final size for an image.
+
+        Raises:
+            DataError: The file cannot be decoded.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One row of the metadata, ready to be encoded.
+
+    Attributes:
+        sample_id: 32 hex digits from the digests of the inputs, so that a renamed file keeps its id.
+        source: Where the row comes from, for messages: ``metadata.csv row 12 (cat.jpg)``.
+        bucket: Samples of one bucket have the same media shape and can share a batch: ``512x384``.
+        inputs: The columns that the encode units read.
+    """
+
+    sample_id: str
+    source: str
+    bucket: str
+    inputs: Mapping[str, Input]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeUnit:
+    """One step in front of the denoiser.
+
+    ``encode`` takes one sample, never a batch: the bytes it yields must not depend on what else was encoded beside it,
+    or a resumed cache would differ from an uninterrupted one.
+
+    Attributes:
+        name: Unique in its family: ``text``, ``latents``.
+        inputs: Metadata columns, or fields of earlier units.
+        outputs: What it yields, in storage dtype and shape.
+        component: The component it runs; None if it needs no model. Its weights are part of the unit's recipe.
+        encode: Maps the components and the loaded inputs to one tensor per output. Outputs may have any float dtype;
+            they are cast to the storage dtype.
+        recipe: All else that decides the output: template, dropped tokens, posterior mode. JSON values only.
+        version: Bumped by hand when the code changes the output.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[FieldSpec, ...]
+    component: str | None
+    encode: Callable[[Components, Mapping[str, Any]], Mapping[str, Tensor]]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    version: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentFiles:
+    """Where one component lies on this machine.
+
+    Attributes:
+        weights: The safetensors files, in order.
+        folder: Holds ``config.json`` of the component.
+        companions: Sibling folders that the component needs, by name: ``{"tokenizer": ...}``.
+    """
+
+    weights: tuple[Path, ...]
+    folder: Path
+    companions: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSpec:
+    """One model of a family.
+
+    Attributes:
+        subfolder: Its folder in a repository: ``transformer``.
+        class_name: What ``config.json`` calls it (``_class_name`` or the first of ``architectures``).
+        companions: Sibling folders it cannot do without.
+        load: Loads it in eval mode, frozen, on CPU, in the given dtype.
+    """
+
+    subfolder: str
+    class_name: str
+    load: Callable[[ComponentFiles, dtype], Any]
+    companions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowMatchSchedule:
+    """The training sigma grid of a family, as parameters; ``training.flow_match`` computes it.
+
+    The grid starts from ``num_steps`` values u, evenly spaced from 1 down to ``u_end`` (which is on the grid only if
+    ``include_end``). ``linear`` maps u to s·u/(1+(s-1)·u) with s = ``shift``; ``exponential`` maps u to
+    e^μ/(e^μ+1/u-1) with μ = ``shift``. ``terminal`` then stretches the grid so that its last sigma is that value.
+    """
+
+    shift_type: Literal["linear", "exponential"]
+    shift: float
+    u_end: float = 0.0
+    include_end: bool = False
+    terminal: float | None = None
+    num_steps: int = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Samples of one bucket, on the training device.
+
+    Attributes:
+        fields: One tensor per field, ``[batch, *shape]``. A ragged field is padded with zeros at its end to the longest
+            item of the batch.
+        lengths: For each ragged field, the true length of each item, int64 ``[batch]``.
+        sample_ids: One id per sample.
+        visits: How often each sample was seen before, counted from 0.
+    """
+
+    fields: Mapping[str, Tensor]
+    lengths: Mapping[str, Tensor]
+    sample_ids: tuple[str, ...]
+    visits: tuple[int, ...]
+
+
+class ModelFamily(Protocol):
+    """A model family: its components, the units in front of its denoiser, and how the denoiser is called.
+
+    Attributes:
+        components: By the reference's names: ``text_encoder``, ``vae``, ``dit``.
+        units: In the order in which they run.
+        schedule: The sigma grid of training.
+        size_multiple: Height and width in pixels are multiples of it.
+        latents_field: The field that is noised.
+        lora_target_modules: Default LoRA targets; each must match at least one module.
+        lora_prefix: What diffusers puts before the denoiser's names in a LoRA file: ``transformer``.
+    """
+
+    components: Mapping[str, ComponentSpec]
+    units: tuple[EncodeUnit, ...]
+    schedule: FlowMatchSchedule
+    size_multiple: int
+    latents_field: str
+    lora_target_modules: tuple[str, ...]
+    lora_prefix: str
+
+    def check_fields(self, dit_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse cached fields that this denoiser cannot take.
+
+        Args:
+            dit_config: ``config.json`` of the denoiser.
+            shapes: One stored shape per field; a ragged field without its first dimension.
+
+        Raises:
+            CacheMismatch: The cache was made for another model.
+        """
+
+    def predict_velocity(self, models: Mapping[str, Module], batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """Return the denoiser's velocity (noise minus latents).
+
+        Args:
+            models: The components after the cut; ``dit`` among them.
+            batch: The conditioning fields.
+            noisy: Noised latents in the compute dtype, shaped as the latents field.
+            sigma: Noise level of each sample in [0, 1], fp32 ``[batch]``.
+
+        Returns:
+            Velocity of the shape of ``noisy``.
+        """
+
+    def write_tiny(self, folder: Path) -> None:
+        """Write a tiny repository with random weights, the real classes and the real folder layout."""
+
+
+class Draws(Protocol):
+    """The random numbers of one batch: pure functions of (seed, sample id, visit)."""
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Return standard normal noise, fp32, of the shape and on the device of ``like``."""
+
+    def timestep_index(self, num_steps: int) -> Tensor:
+        """Return one index in [0, num_steps) per sample, int64 ``[batch]``, on CPU."""
+
+
+class TrainingTask(Protocol):
+    """What is minimised."""
+
+    def fields(self, family: ModelFamily) -> tuple[str, ...]:
+        """Return the fields that the loss reads."""
+
+    def loss(self, family: ModelFamily, models: Mapping[str, Module], batch: Batch, draws: Draws) -> Tensor:
+        """Return one loss per sample, fp32 ``[batch]``."""
+
+
+def plugin_names(package: str) -> list[str]:
+    """Return the names of the plugins in a package, without importing any."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
+
+
+def load_plugin(package: str, name: str, parameter: str) -> Any:
+    """Import one plugin.
+
+    Args:
+        package: Its package: ``diffsynth_pipe.families``.
+        name: Its file name.
+        parameter: The RunConfig field that named it, for the message.
+
+    Raises:
+        ConfigError: No such plugin.
+    """
+    names = plugin_names(package)
+    if name not in names:
+        raise ConfigError(f"{parameter}: {name!r} is not one of {', '.join(names)}")
+    return importlib.import_module(f"{package}.{name}").PLUGIN
+
+
+def load_family(name: str) -> ModelFamily:
+    """Import the family of this name; its heavy imports wait until a component is loaded."""
+    family: ModelFamily = load_plugin("diffsynth_pipe.families", name, "family")
+    return family
+
+
+def load_task(name: str) -> TrainingTask:
+    """Import the training task of this name."""
+    task: TrainingTask = load_plugin("diffsynth_pipe.training.tasks", name, "task")
+    return task

@@ -1,0 +1,1 @@
+"""From metadata rows to the inputs of the encode units."""

@@ -1,0 +1,1 @@
+"""The training half: order, noise, loss, optimizer, LoRA, checkpoints."""
