@@ -19,7 +19,7 @@ from diffsynth_pipe.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor, dtype
+    from torch import Tensor, device, dtype
     from torch.nn import Module
 
     from cache_store.contract import FieldSpec
@@ -110,12 +110,12 @@ class ComponentSpec:
         subfolder: Its folder in a repository: ``transformer``.
         class_name: What ``config.json`` calls it (``_class_name`` or the first of ``architectures``).
         companions: Sibling folders it cannot do without.
-        load: Loads it in eval mode, frozen, on CPU, in the given dtype.
+        load: Loads it in eval mode, frozen, in the given dtype, on the given device.
     """
 
     subfolder: str
     class_name: str
-    load: Callable[[ComponentFiles, dtype], Any]
+    load: Callable[[ComponentFiles, dtype, device], Any]
     companions: tuple[str, ...] = ()
 
 

@@ -1,0 +1,48 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Nothing here looks anything up on a network or reports usage at run time.
+export DO_NOT_TRACK = 1
+export HF_HUB_OFFLINE ?= 1
+
+DEMO := build/demo
+DEMO_MODELS := $(DEMO)/models
+
+.PHONY: help demo test lint check bench format clean-demo
+.DEFAULT_GOAL := help
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Cache 20 photos and train a LoRA of a tiny Qwen-Image, on CPU
+	@$(BIN)/diffsynth-pipe tiny-model $(DEMO_MODELS)/tiny/Qwen-Image --family qwen_image
+	@DIFFSYNTH_MODEL_BASE_PATH=$(DEMO_MODELS) DIFFSYNTH_SKIP_DOWNLOAD=True $(BIN)/diffsynth-pipe run deploy/demo/run.yaml
+
+test: $(INSTALLED)  ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## Check format, style, types and import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --verbose | tail -n 20
+
+check: lint test  ## Everything that must pass before a commit
+
+format: $(INSTALLED)  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)  ## Measure the cache reader against its peers (ratios)
+	$(BIN)/python tests/bench/bench_reader.py
+
+clean-demo:  ## Remove what the demo wrote
+	rm -rf $(DEMO)

@@ -1,0 +1,378 @@
+"""The reader: whole batches, straight from disk into reused buffers, every byte checked.
+
+An item is one ``preadv``: chunk bodies land in the batch where they belong, the checksums between them in a scratch
+array, and each body is verified in place.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import google_crc32c
+import numpy as np
+
+from cache_store.backends import load_backend
+from cache_store.contract import CHECKSUM_BYTES, CacheCorrupt, CacheError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from cache_store.snapshot import Snapshot
+
+    Bytes = NDArray[np.uint8]
+
+_IOV_MAX = 1024
+_MAX_OPEN_FILES = 256
+_NUM_ATTEMPTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RawBatch:
+    """Samples of one bucket, in storage dtypes. Its arrays are views of the buffers they were read into.
+
+    Attributes:
+        fields: ``[batch, *shape]``; a ragged field ``[batch, longest, width]``, zeros behind each item.
+        lengths: The rows of each item of a ragged field, int64 ``[batch]``.
+        positions: The samples' positions in the snapshot.
+        sample_ids: The samples' ids.
+    """
+
+    fields: dict[str, NDArray[Any]]
+    lengths: dict[str, NDArray[np.int64]]
+    positions: NDArray[np.int64]
+    sample_ids: tuple[str, ...]
+
+
+class Buffers:
+    """Memory for one batch, by field; grows and is used again.
+
+    Args:
+        allocate: Returns this many bytes, uint8: pinned memory, say.
+    """
+
+    def __init__(self, allocate: Callable[[int], Bytes]) -> None:
+        self._allocate = allocate
+        self._memory: dict[str, Bytes] = {}
+
+    def take(self, field: str, num_bytes: int) -> Bytes:
+        """Return memory for a field of the next batch; what it holds is left from an earlier one."""
+        memory = self._memory.get(field)
+        if memory is None or memory.nbytes < num_bytes:
+            slack = 0 if memory is None else memory.nbytes // 4
+            memory = self._memory[field] = self._allocate(num_bytes + slack)
+        return memory[:num_bytes]
+
+
+class _File:
+    """An open file that closes when its last user lets go of it, so that no reader ever holds a recycled number."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+@dataclass(slots=True)
+class _Item:
+    """One item to be read.
+
+    Attributes:
+        field: Its field.
+        position: Its sample.
+        array: Number of its array.
+        offset: Byte at which it starts.
+        num_bytes: Its bytes with checksums.
+        bodies: Where its chunks go; the last one without its tail.
+        tail: Where the zeros that fill its last chunk go, if any.
+        checksums: Where its checksums go, ``[chunks, 4]``.
+    """
+
+    field: str
+    position: int
+    array: int
+    offset: int
+    num_bytes: int
+    bodies: list[Bytes]
+    tail: Bytes | None
+    checksums: Bytes
+
+    def scatter_list(self) -> list[Bytes]:
+        """Return the destinations of the bytes on disk, in order."""
+        views = [view for pair in zip(self.bodies, self.checksums, strict=True) for view in pair]
+        if self.tail is not None:
+            views.insert(-1, self.tail)
+        return views
+
+    def is_intact(self) -> bool:
+        """Compare the checksums that were read with those of the bodies that were read."""
+        found = [google_crc32c.value(body) for body in self.bodies]
+        if self.tail is not None:
+            found[-1] = google_crc32c.extend(found[-1], self.tail)
+        return found == self.checksums.view("<u4").ravel().tolist()
+
+
+class BatchReader:
+    """Reads batches of a snapshot. Safe to share between threads, and to use on both sides of a fork.
+
+    Args:
+        snapshot: What to read from.
+        fields: Which fields to read; of other fields no byte is touched.
+        num_threads: Read the items of one batch in parallel, for storage with latency; 0 reads them in turn.
+        allocate: Where batches get their memory, see ``Buffers``.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        fields: Sequence[str],
+        *,
+        num_threads: int = 0,
+        allocate: Callable[[int], Bytes] | None = None,
+    ) -> None:
+        for name in fields:
+            if name not in snapshot.fields:
+                raise CacheError(f"{snapshot.path} has no field {name!r}, only {', '.join(snapshot.fields)}")
+        self.snapshot = snapshot
+        self.fields = tuple(fields)
+        self._num_threads = num_threads
+        self._allocate = allocate or (lambda num_bytes: np.empty(num_bytes, np.uint8))
+        self._backend = load_backend(snapshot.backend)
+        self._checked: set[int] = set()
+        self._start_process()
+
+    def buffers(self) -> Buffers:
+        """Return new memory for one batch."""
+        return Buffers(self._allocate)
+
+    def read(self, positions: Sequence[int] | NDArray[np.int64], buffers: Buffers | None = None) -> RawBatch:
+        """Read one batch.
+
+        Args:
+            positions: Samples of one bucket.
+            buffers: Memory to read into, which overwrites the batch read into it before; None takes new memory.
+
+        Raises:
+            ValueError: No positions, or of several buckets.
+            CacheCorrupt: Bytes are missing or wrong; names the sample.
+        """
+        if os.getpid() != self._pid:
+            self._start_process()
+        snapshot = self.snapshot
+        where = np.asarray(positions, np.int64)
+        if where.size == 0 or (snapshot.buckets[where] != snapshot.buckets[where[0]]).any():
+            raise ValueError(f"a batch takes samples of one bucket, not positions {where.tolist()}")
+        buffers = buffers or self.buffers()
+        arrays, lengths, items = {}, {}, []
+        for name in self.fields:
+            arrays[name], lengths_of_items, items_of_field = self._lay_out(name, where, buffers)
+            items += items_of_field
+            if snapshot.fields[name].ragged:
+                lengths[name] = lengths_of_items
+        if self._pool is None:
+            for item in items:
+                self._load(item)
+        else:
+            list(self._pool.map(self._load, items))
+        ids = tuple(snapshot.sample_id(position) for position in where.tolist())
+        return RawBatch(arrays, lengths, where, ids)
+
+    def close(self) -> None:
+        """Close files and stop threads."""
+        with self._lock:
+            self._files.clear()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start_process(self) -> None:
+        """Begin with no open file, lock or thread that a fork may have left in the middle of something."""
+        self._lock = threading.Lock()
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._pool = ThreadPoolExecutor(self._num_threads) if self._num_threads else None
+        self._pid = os.getpid()
+
+    def _lay_out(
+        self, field: str, positions: NDArray[np.int64], buffers: Buffers
+    ) -> tuple[NDArray[Any], NDArray[np.int64], list[_Item]]:
+        """Give each item its place in the batch: the array to return, the items' rows, what to read."""
+        snapshot = self.snapshot
+        placements = snapshot.placements(field, positions)
+        num_rows = placements[:, 2]
+        longest = int(num_rows.max())
+        first = snapshot.arrays[placements[0, 0]].layout
+        slots = buffers.take(field, len(positions) * longest * first.row_bytes).reshape(len(positions), -1)
+        items = []
+        for position, slot, (array, start, rows) in zip(positions.tolist(), slots, placements.tolist(), strict=True):
+            layout = snapshot.arrays[array].layout
+            if layout.item_shape != first.item_shape:
+                raise CacheError(
+                    f"{field} of sample {snapshot.sample_id(position)} ({snapshot.source(position)}) has shape"
+                    f" {layout.item_shape}, others of its bucket have {first.item_shape}; encode into a new cache_path"
+                )
+            used, chunk_bytes, num_chunks = rows * layout.row_bytes, layout.chunk_bytes, layout.num_chunks(rows)
+            offset, num_bytes = self._backend.offset(layout, start), num_chunks * (chunk_bytes + CHECKSUM_BYTES)
+            slot[used:] = 0
+            num_full, rest = divmod(used, chunk_bytes)
+            bodies = list(slot[: used - rest].reshape(num_full, chunk_bytes))
+            if rest:
+                bodies.append(slot[used - rest : used])
+            tail = np.empty(chunk_bytes - rest, np.uint8) if rest else None
+            checksums = np.empty((num_chunks, CHECKSUM_BYTES), np.uint8)
+            items.append(_Item(field, position, array, offset, num_bytes, bodies, tail, checksums))
+        values = slots.reshape(-1).view(first.spec.storage_dtype)
+        rows_shape = (longest,) if first.spec.ragged else ()
+        return values.reshape(len(positions), *rows_shape, *first.item_shape), num_rows, items
+
+    def _load(self, item: _Item) -> None:
+        file = self._open(item)
+        for _ in range(_NUM_ATTEMPTS):
+            try:
+                is_complete = _read_scattered(file.fd, item.scatter_list(), item.num_bytes, item.offset)
+            except OSError as error:
+                raise self._corrupt(item, f"cannot be read: {error.strerror}") from error
+            if not is_complete:
+                raise self._corrupt(item, "is cut short")
+            if item.is_intact():
+                return
+        raise self._corrupt(item, "fails its checksum")
+
+    def _open(self, item: _Item) -> _File:
+        """Return the open file of an item; check it at its first use in this process."""
+        number = item.array
+        with self._lock:
+            file = self._files.get(number)
+            if file is not None:
+                self._files.move_to_end(number)
+                return file
+        path = self.snapshot.array_path(number)
+        try:
+            file = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            num_bytes = os.fstat(file.fd).st_size
+            if num_bytes != self.snapshot.array_bytes[number]:
+                raise self._corrupt(item, f"is in a file of {num_bytes} bytes, not {self.snapshot.array_bytes[number]}")
+            if number not in self._checked and not self._backend.is_intact(file.fd, self.snapshot.arrays[number]):
+                raise self._corrupt(item, "is in a file with a damaged index")
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._corrupt(item, "is in a file that is missing") from None
+        except OSError as error:
+            raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+        self._checked.add(number)
+        with self._lock:
+            self._files[number] = file
+            if len(self._files) > _MAX_OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
+
+    def _corrupt(self, item: _Item, problem: str) -> CacheCorrupt:
+        snapshot = self.snapshot
+        return CacheCorrupt(
+            f"{snapshot.array_path(item.array)}: {item.field} of sample {snapshot.sample_id(item.position)}"
+            f" ({snapshot.source(item.position)}) {problem};"
+            f" delete {snapshot.segment_folder(item.array)} and run data-process again"
+        )
+
+
+def _read_scattered(fd: int, views: list[Any], num_bytes: int, offset: int) -> bool:
+    """Fill all views, ``num_bytes`` in sum, with what stands from ``offset`` on; False if the file ends before."""
+    while views:
+        num_read = os.preadv(fd, views[:_IOV_MAX], offset)
+        if num_read == 0:
+            return False
+        if num_read == num_bytes:
+            break
+        offset += num_read
+        num_bytes -= num_read
+        num_filled = 0
+        while num_filled < len(views) and num_read >= views[num_filled].nbytes:
+            num_read -= views[num_filled].nbytes
+            num_filled += 1
+        views = views[num_filled:]
+        if num_read:
+            views[0] = views[0][num_read:]
+    return True
+
+
+class Prefetcher:
+    """Iterates over ``(tag, batch)`` in order, and reads ahead with threads into a ring of buffers.
+
+    The arrays of a batch are valid until the next one is asked for. An error of the
+    reader is raised in place of the batch that it befell, and ends the iteration.
+
+    Args:
+        reader: What reads.
+        batches: The tag and the positions of each batch; consumed at most ``depth`` ahead, in the caller's thread.
+        depth: How many batches to read ahead.
+        num_threads: How many of them at once.
+    """
+
+    def __init__(
+        self,
+        reader: BatchReader,
+        batches: Iterable[tuple[Any, Sequence[int] | NDArray[np.int64]]],
+        *,
+        depth: int = 4,
+        num_threads: int = 2,
+    ) -> None:
+        self._reader = reader
+        self._batches = iter(batches)
+        self._free = deque(reader.buffers() for _ in range(depth))
+        self._queue: deque[tuple[Any, Future[RawBatch], Buffers]] = deque()
+        self._in_use: Buffers | None = reader.buffers()
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="cache-reader")
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[Any, RawBatch]:
+        if self._in_use is not None:
+            self._free.append(self._in_use)
+            self._in_use = None
+        self._read_ahead()
+        if not self._queue:
+            self.close()
+            raise StopIteration
+        tag, batch, self._in_use = self._queue.popleft()
+        try:
+            return tag, batch.result()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop reading; iteration ends."""
+        self._batches = iter(())
+        self._pool.shutdown(cancel_futures=True)
+        self._queue.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_ahead(self) -> None:
+        while self._free:
+            try:
+                tag, positions = next(self._batches)
+            except StopIteration:
+                return
+            buffers = self._free.popleft()
+            self._queue.append((tag, self._pool.submit(self._reader.read, positions, buffers), buffers))

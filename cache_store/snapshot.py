@@ -1,0 +1,327 @@
+"""Snapshots: sealed, ordered lists of samples, as numpy columns in one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import zipfile
+from array import array
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from blake3 import blake3
+
+from cache_store.contract import CacheCorrupt, CacheError, CacheNotFound, CacheSchemaError, SegmentArray
+from cache_store.durable import fsync_folder
+from cache_store.journal import PLACEMENT_COLUMNS, decode_array, encode_array
+from cache_store.manifest import SCHEMA, SCRATCH, SEGMENTS, SNAPSHOTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from cache_store.contract import FieldSpec
+    from cache_store.journal import RecordIndex
+
+Columns = dict[str, "NDArray[Any]"]
+
+
+@dataclass(frozen=True, slots=True)
+class SealedSample:
+    """One sample of a snapshot.
+
+    Attributes:
+        sample_id: 32 lowercase hex digits.
+        bucket: Samples of one bucket can share a batch.
+        source: Where it comes from, for messages; no part of the digest.
+        keys: The key of its record in each unit.
+    """
+
+    sample_id: str
+    bucket: str
+    source: str
+    keys: Mapping[str, str]
+
+
+class _SamplesDigest:
+    """The digest of an ordered list of samples, fed one by one."""
+
+    def __init__(self) -> None:
+        self._hasher = blake3()
+
+    def update(self, sample: SealedSample) -> None:
+        line = [sample.sample_id, sample.bucket, *sorted(sample.keys.items())]
+        self._hasher.update(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+    def hexdigest(self) -> str:
+        return self._hasher.hexdigest(length=16)
+
+
+def samples_digest(samples: Iterable[SealedSample]) -> str:
+    """Return the digest that a snapshot of these samples has: 32 hex digits over ids, buckets and keys, in order."""
+    digest = _SamplesDigest()
+    for sample in samples:
+        digest.update(sample)
+    return digest.hexdigest()
+
+
+class Snapshot:
+    """A sealed list of samples, and where their records lie. Opening it reads columns, and makes no object per sample.
+
+    Attributes:
+        root: The cache.
+        backend: Name of the cache's backend.
+        number: Counts the snapshots of a cache.
+        path: Its file.
+        header: The digest of its samples, its parent's number, when it was made, and what the sealer added.
+        fields: The fields of all its records.
+        field_units: By field, the unit that yields it.
+        segments: Ids of the segments it reads from.
+        arrays: The arrays it reads from; ``array_segments`` and ``array_bytes`` tell the segment and the file size of
+            each.
+        buckets: The bucket of each sample, as a position in ``bucket_names``.
+    """
+
+    def __init__(self, root: Path, backend: str, number: int, path: Path, columns: Columns) -> None:
+        self.root = root
+        self.backend = backend
+        self.number = number
+        self.path = path
+        self._columns = columns
+        document = json.loads(columns["document"].tobytes())
+        self.header: dict[str, Any] = json.loads(columns["header"].tobytes())
+        self.bucket_names: list[str] = document["buckets"]
+        self.field_units: dict[str, str] = document["field_units"]
+        self.segments: list[str] = document["segments"]
+        layouts = [decode_array(value) for value in document["layouts"]]
+        self.fields: dict[str, FieldSpec] = {}
+        for layout, _ in layouts:
+            self.fields[layout.spec.name] = layout.spec
+        self.arrays = [
+            SegmentArray(layouts[layout].layout, num_chunks)
+            for layout, num_chunks in zip(
+                columns["array_layout"].tolist(), columns["array_num_chunks"].tolist(), strict=True
+            )
+        ]
+        self.array_segments: NDArray[np.int32] = columns["array_segment"]
+        self.array_bytes: NDArray[np.int64] = columns["array_bytes"]
+        self.buckets: NDArray[np.int32] = columns["sample_bucket"]
+
+    @classmethod
+    def open(cls, root: Path, backend: str, number: int) -> Self:
+        """Open a snapshot by its number.
+
+        Raises:
+            CacheNotFound: No such snapshot.
+            CacheCorrupt: Its file is damaged.
+            CacheSchemaError: A newer version wrote it.
+        """
+        path = snapshot_path(root, number)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                schema = int(file["schema"])
+                if schema > SCHEMA:
+                    raise CacheSchemaError(f"{path}: schema {schema} is newer than {SCHEMA}; upgrade diffsynth-pipe")
+                columns = {name: file[name] for name in file.files}
+        except FileNotFoundError:
+            raise CacheNotFound(f"{path} is missing; run data-process to seal the cache again") from None
+        except CacheSchemaError:
+            raise
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, OSError) as error:
+            raise CacheCorrupt(f"{path} is damaged: {error}; run data-process to seal the cache again") from error
+        return cls(root, backend, number, path, columns)
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.buckets)
+
+    @property
+    def digest(self) -> str:
+        """The digest of its samples, as ``samples_digest`` computes it."""
+        return str(self.header["digest"])
+
+    def sample_id(self, position: int) -> str:
+        """Return the id of a sample."""
+        return str(self._columns["sample_id"][position].tobytes().hex())
+
+    def source(self, position: int) -> str:
+        """Return where a sample comes from."""
+        start, end = self._columns["source_offset"][position : position + 2]
+        return self._columns["source"][start:end].tobytes().decode()
+
+    @cached_property
+    def bucket_members(self) -> dict[str, NDArray[np.int64]]:
+        """The positions of the samples of each bucket, in sample order."""
+        order = np.argsort(self.buckets, kind="stable")
+        ends = np.cumsum(np.bincount(self.buckets, minlength=len(self.bucket_names)))
+        return dict(zip(self.bucket_names, np.split(order, ends[:-1]), strict=True))
+
+    @property
+    def num_records(self) -> dict[str, int]:
+        """The number of records of each unit; samples can share one."""
+        return {unit: len(self._columns[f"{unit}.key"]) for unit in sorted(set(self.field_units.values()))}
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all its records' values."""
+        row_bytes = np.array([array.layout.row_bytes for array in self.arrays], np.int64)
+        return sum(
+            int((row_bytes[self._columns[f"{field}.array"]] * self._columns[f"{field}.num_rows"]).sum())
+            for field in self.fields
+        )
+
+    def has_columns(self, columns: Columns) -> bool:
+        """Tell whether it lists the same samples, and reads their records from the same places."""
+        return all(np.array_equal(column, self._columns.get(name, ())) for name, column in columns.items())
+
+    def field_shapes(self) -> dict[str, set[tuple[int, ...]]]:
+        """Return the item shapes of each field; of a ragged one without its first dimension."""
+        shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in self.fields}
+        for layout, _ in self.arrays:
+            shapes[layout.spec.name].add(layout.item_shape)
+        return shapes
+
+    def placements(self, field: str, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where the items of some samples lie: ``[samples, 3]`` (number in ``arrays``, start, rows)."""
+        rows = self._columns[f"{self.field_units[field]}.record"][positions]
+        return np.stack([self._columns[f"{field}.{column}"][rows] for column in PLACEMENT_COLUMNS], axis=1)
+
+    def segment_folder(self, array_number: int) -> Path:
+        """Return the folder of the segment that an array belongs to."""
+        return self.root / SEGMENTS / self.segments[int(self.array_segments[array_number])]
+
+    def array_path(self, array_number: int) -> Path:
+        """Return the file of an array."""
+        return self.segment_folder(array_number) / self.arrays[array_number].layout.file
+
+    def check_files(self) -> None:
+        """Look whether every file is there and of the committed size; reads none.
+
+        Raises:
+            CacheCorrupt: Names the first that is not.
+        """
+        for number, num_bytes in enumerate(self.array_bytes.tolist()):
+            path = self.array_path(number)
+            try:
+                found = path.stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                raise CacheCorrupt(f"{path} is missing; run data-process again") from None
+            if found != num_bytes:
+                raise CacheCorrupt(f"{path} has {found} bytes, not {num_bytes}; run data-process again")
+
+
+def snapshot_path(root: Path, number: int) -> Path:
+    """Return the file of a snapshot."""
+    return root / SNAPSHOTS / f"{number:06d}.npz"
+
+
+def latest_number(root: Path) -> int | None:
+    """Return the number of the newest snapshot, if any."""
+    return max((int(path.stem) for path in (root / SNAPSHOTS).glob("*.npz") if path.stem.isdigit()), default=None)
+
+
+def tabulate(samples: Iterable[SealedSample], index: RecordIndex) -> tuple[Columns, str]:
+    """Return the columns of a snapshot of these samples, and their digest.
+
+    Raises:
+        CacheError: A record is not committed, samples differ in units, or there is no sample.
+    """
+    ids, sources, offsets, buckets = bytearray(), bytearray(), array("q", [0]), array("i")
+    bucket_numbers: dict[str, int] = {}
+    rows: dict[str, array[int]] = {}
+    digest = _SamplesDigest()
+    for sample in samples:
+        if not buckets:
+            rows = {unit: array("q") for unit in sorted(sample.keys)}
+        if sample.keys.keys() != rows.keys():
+            raise CacheError(
+                f"{sample.source}: units {sorted(sample.keys)} are not {sorted(rows)} as of the first sample"
+            )
+        for unit, key in sample.keys.items():
+            row = index.rows.get(unit, {}).get(key)
+            if row is None:
+                raise CacheError(f"{sample.source}: {unit} record {key} is not in the cache; run data-process again")
+            rows[unit].append(row)
+        ids += bytes.fromhex(sample.sample_id)
+        sources += sample.source.encode()
+        offsets.append(len(sources))
+        buckets.append(bucket_numbers.setdefault(sample.bucket, len(bucket_numbers)))
+        digest.update(sample)
+    if not buckets:
+        raise CacheError("there are no samples to seal; check the metadata")
+    columns: Columns = {
+        "sample_id": np.frombuffer(ids, np.uint8).reshape(len(buckets), -1),
+        "sample_bucket": np.frombuffer(buckets, np.int32),
+        "source": np.frombuffer(sources, np.uint8),
+        "source_offset": np.frombuffer(offsets, np.int64),
+    }
+    field_units: dict[str, str] = {}
+    for unit, unit_rows in rows.items():
+        used, record = np.unique(np.frombuffer(unit_rows, np.int64), return_inverse=True)
+        columns[f"{unit}.record"] = record.astype(np.int32)
+        columns[f"{unit}.key"] = index.keys[unit][used]
+        for field, placements in index.placements[unit].items():
+            items = placements[used]
+            if (items[:, 0] < 0).all():
+                continue
+            if (items[:, 0] < 0).any() or field in field_units:
+                raise CacheError(
+                    f"field {field!r} of unit {unit!r} is not in all records; encode into a new cache_path"
+                )
+            field_units[field] = unit
+            columns[f"{field}.array"], columns[f"{field}.start"] = items[:, 0], items[:, 1]
+            columns[f"{field}.num_rows"] = items[:, 2].astype(np.int32)
+    document = {"buckets": list(bucket_numbers), "field_units": field_units}
+    document |= _tabulate_arrays(columns, field_units, index)
+    columns["document"] = np.frombuffer(json.dumps(document).encode(), np.uint8)
+    return columns, digest.hexdigest()
+
+
+def _tabulate_arrays(columns: Columns, fields: Iterable[str], index: RecordIndex) -> dict[str, Any]:
+    """Renumber the arrays that the placements use, and describe them."""
+    used = np.unique(np.concatenate([np.unique(columns[f"{field}.array"]) for field in fields]))
+    for field in fields:
+        columns[f"{field}.array"] = np.searchsorted(used, columns[f"{field}.array"]).astype(np.int32)
+    arrays = [index.arrays[number] for number in used.tolist()]
+    layouts = {layout: number for number, layout in enumerate(dict.fromkeys(found.layout for _, found, _ in arrays))}
+    specs = {layout.spec.name: layout.spec for layout in layouts}
+    for layout in layouts:
+        if layout.spec != specs[layout.spec.name]:
+            raise CacheError(f"field {layout.spec.name!r} is stored as {layout.spec} and {specs[layout.spec.name]}")
+    segments = {number: place for place, number in enumerate(dict.fromkeys(segment for segment, _, _ in arrays))}
+    columns["array_segment"] = np.array([segments[segment] for segment, _, _ in arrays], np.int32)
+    columns["array_layout"] = np.array([layouts[found.layout] for _, found, _ in arrays], np.int32)
+    columns["array_num_chunks"] = np.array([found.num_chunks for _, found, _ in arrays], np.int64)
+    columns["array_bytes"] = np.array([num_bytes for _, _, num_bytes in arrays], np.int64)
+    return {
+        "segments": [index.segments[number] for number in segments],
+        "layouts": [encode_array(SegmentArray(layout, 0)) for layout in layouts],
+    }
+
+
+def publish(root: Path, number: int, columns: Columns, header: Mapping[str, Any]) -> None:
+    """Write a snapshot.
+
+    Raises:
+        FileExistsError: There is one of this number.
+        OSError: The disk refuses.
+    """
+    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    members: dict[str, Any] = {"schema": np.int64(SCHEMA), "header": text, **columns}
+    unfinished = root / SCRATCH / f"snapshot-{os.getpid()}-{secrets.token_hex(4)}"
+    path = snapshot_path(root, number)
+    try:
+        with unfinished.open("xb") as file:
+            np.savez(file, **members)
+            file.flush()
+            os.fsync(file.fileno())
+        # unlike a rename, a link never replaces what is there
+        path.hardlink_to(unfinished)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    fsync_folder(path.parent)

@@ -1,0 +1,248 @@
+"""The writer: streams records into a segment, and commits it whole."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import shutil
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from cache_store.contract import CacheError, RecordRefused
+from cache_store.durable import disk_errors, fsync_folder
+from cache_store.journal import KEY_DIGITS, PLACEMENT_COLUMNS, Journal, encode_array
+from cache_store.manifest import SCHEMA, SCRATCH, SEGMENTS, create_store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from cache_store.contract import Backend, FieldSpec, Placement, SegmentWriter
+
+_KEY = re.compile(f"[0-9a-f]{{{KEY_DIGITS}}}")
+_NAME = re.compile("[a-z][a-z0-9_]*")
+_MAX_OPEN_FILES = 256
+_STATS = ("min", "max", "mean", "std")
+
+
+class Writer:
+    """One writer session. Any number of sessions write to a cache at once: each owns its segments and its journal.
+
+    Leaving the ``with`` block commits what was added, also when an exception leaves it; only a killed process loses its
+    open segment. Not for use by several threads.
+    """
+
+    def __init__(self, root: Path, backend: Backend, *, commit_seconds: float, segment_bytes: int) -> None:
+        self._root = root
+        self._backend = backend
+        self._commit_seconds = commit_seconds
+        self._segment_bytes = segment_bytes
+        self._specs: dict[str, tuple[FieldSpec, ...]] = {}
+        self._keys: dict[str, set[str]] = {}
+        self._session = _new_session()
+        self._num_segments = 0
+        self._journal: Journal | None = None
+        self._segment: SegmentWriter | None = None
+        self._pending: dict[str, _PendingUnit] = {}
+        self._commit_due_s = math.inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.commit()
+        except CacheError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+        finally:
+            self._close_journal()
+
+    def add(
+        self,
+        unit: str,
+        key: str,
+        fields: Mapping[str, NDArray[Any]],
+        specs: Sequence[FieldSpec],
+        *,
+        label: str = "",
+    ) -> bool:
+        """Add one record.
+
+        Args:
+            unit: The encode unit that yielded it.
+            key: 32 lowercase hex digits.
+            fields: One array per spec; bfloat16 as uint16 bit patterns.
+            specs: What the unit yields.
+            label: The sample it comes from, for messages.
+
+        Returns:
+            False if this writer was given the key before; nothing is stored then.
+
+        Raises:
+            RecordRefused: A NaN, an Inf, or not what the specs say.
+            CacheError: The disk refuses.
+        """
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"key {key!r} of unit {unit!r} is not {KEY_DIGITS} lowercase hex digits")
+        self._check_specs(unit, tuple(specs))
+        if key in self._keys.setdefault(unit, set()):
+            return False
+        subject = f"{unit} of {label or key}"
+        if fields.keys() != {spec.name for spec in specs}:
+            raise RecordRefused(f"{subject}: fields {sorted(fields)} are not {sorted(spec.name for spec in specs)}")
+        stats = [_check_item(subject, spec, fields[spec.name]) for spec in specs]
+        try:
+            with disk_errors(self._root):
+                placements = self._open_segment().append(unit, key, fields, specs)
+        except BaseException:
+            self._discard_segment()
+            raise
+        self._keys[unit].add(key)
+        self._pending.setdefault(unit, _PendingUnit()).add(key, specs, placements, stats)
+        if self._is_commit_due():
+            self.commit()
+        return True
+
+    def commit(self) -> None:
+        """Make all records added so far durable and visible; without any, do nothing.
+
+        Raises:
+            CacheError: The disk refuses; the records since the last commit are lost and may be added again.
+        """
+        if self._segment is None:
+            return
+        segment_id = self._segment_id()
+        published = self._root / SEGMENTS / segment_id
+        try:
+            with disk_errors(self._root):
+                arrays, files = self._segment.finish()
+                (self._root / SCRATCH / segment_id).rename(published)
+                fsync_folder(published.parent)
+                if self._journal is None:
+                    self._journal = Journal(self._root, self._session)
+                self._journal.append(
+                    {
+                        "schema": SCHEMA,
+                        "segment": segment_id,
+                        "arrays": [encode_array(array) for array in arrays],
+                        "files": files,
+                        "units": {unit: pending.encode() for unit, pending in self._pending.items()},
+                    }
+                )
+            self._segment = None
+            self._pending = {}
+            self._num_segments += 1
+        except BaseException:
+            self._discard_segment()
+            raise
+
+    def _check_specs(self, unit: str, specs: tuple[FieldSpec, ...]) -> None:
+        """Raise ValueError unless the unit's specs are the same for all records and their names its own."""
+        if unit in self._specs:
+            if self._specs[unit] != specs:
+                raise ValueError(f"unit {unit!r} was declared as {self._specs[unit]}, now as {specs}")
+            return
+        names = [spec.name for spec in specs]
+        taken = {spec.name for others in self._specs.values() for spec in others}
+        for name in names:
+            if not _NAME.fullmatch(name) or name in taken or names.count(name) > 1:
+                raise ValueError(f"field {name!r} of unit {unit!r}: taken, or not lower-case letters, digits and _")
+        self._specs[unit] = specs
+
+    def _open_segment(self) -> SegmentWriter:
+        if self._segment is None:
+            create_store(self._root, self._backend.name)
+            folder = self._root / SCRATCH / self._segment_id()
+            folder.mkdir()
+            self._segment = self._backend.open_segment(folder)
+            self._commit_due_s = time.monotonic() + self._commit_seconds
+        return self._segment
+
+    def _is_commit_due(self) -> bool:
+        assert self._segment is not None
+        return (
+            self._segment.num_bytes >= self._segment_bytes
+            or self._segment.num_open_files >= _MAX_OPEN_FILES
+            or time.monotonic() >= self._commit_due_s
+        )
+
+    def _segment_id(self) -> str:
+        return f"{self._session}-{self._num_segments:06d}"
+
+    def _discard_segment(self) -> None:
+        """Forget the open segment and its records; begin a new session, as the journal may end in half a line."""
+        if self._segment is not None:
+            self._segment.close()
+        shutil.rmtree(self._root / SCRATCH / self._segment_id(), ignore_errors=True)
+        for unit, pending in self._pending.items():
+            self._keys[unit].difference_update(pending.keys)
+        self._segment = None
+        self._pending = {}
+        self._close_journal()
+        self._session = _new_session()
+        self._num_segments = 0
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+
+class _PendingUnit:
+    """The records of one unit in the open segment, as columns."""
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self._columns: dict[str, dict[str, list[float]]] = {}
+
+    def add(
+        self, key: str, specs: Sequence[FieldSpec], placements: Sequence[Placement], stats: Sequence[tuple[float, ...]]
+    ) -> None:
+        """Add one record."""
+        self.keys.append(key)
+        for spec, placement, numbers in zip(specs, placements, stats, strict=True):
+            names = (*PLACEMENT_COLUMNS, *_STATS)
+            columns = self._columns.setdefault(spec.name, {name: [] for name in names})
+            for name, value in zip(names, (*placement, *numbers), strict=True):
+                columns[name].append(value)
+
+    def encode(self) -> dict[str, Any]:
+        """Return the columns as JSON values."""
+        return {"keys": "".join(self.keys), "fields": self._columns}
+
+
+def _new_session() -> str:
+    now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    return f"{now}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def _check_item(subject: str, spec: FieldSpec, item: NDArray[Any]) -> tuple[float, ...]:
+    """Return min, max, mean and standard deviation of an item that may be stored, to four digits."""
+    if item.dtype != np.dtype(spec.storage_dtype):
+        raise RecordRefused(f"{subject}: {spec.name} is {item.dtype}, not {spec.storage_dtype} for {spec.dtype}")
+    if item.ndim != len(spec.dims) or (spec.ragged and item.ndim != 2):
+        raise RecordRefused(f"{subject}: {spec.name} has shape {item.shape}, not {spec.dims}")
+    if item.size == 0:
+        raise RecordRefused(f"{subject}: {spec.name} is empty: shape {item.shape}")
+    values = (item.astype(np.uint32) << 16).view(np.float32) if spec.dtype == "bfloat16" else item
+    with np.errstate(invalid="ignore"):
+        low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        num_bad = values.size - int(np.isfinite(values).sum())
+        raise RecordRefused(
+            f"{subject}: {num_bad} of {values.size} values of {spec.name} are NaN or Inf;"
+            " check the encoder's weights and dtype, or remove the sample"
+        )
+    stats = (low, high, float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64)))
+    return tuple(float(f"{value:.4g}") for value in stats)

@@ -1,0 +1,434 @@
+"""Everything a run can be told: one flat model whose field names are flags, YAML keys and flow parameters.
+
+A field's ``affects`` says what it decides, and so which stage must run again when it changes:
+
+- ``cache``: the bytes of a cache record;
+- ``weights``: the trained weights, but no cache byte;
+- ``nothing``: where things lie, how fast a run is, what it logs. Paths are here: the digest of what they hold decides.
+
+A field with ``supported`` false carries a name of the reference's command line that has no effect here yet. It is
+refused when it differs from its default, never ignored.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from cache_store.durable import replace_file
+from diffsynth_pipe.contracts import plugin_names
+from diffsynth_pipe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic_core import ErrorDetails
+
+Affects = Literal["cache", "weights", "nothing"]
+Stage = Literal["data_process", "train"]
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+ACCELERATE_CONFIG = Path(__file__).resolve().parents[1] / "deploy" / "accelerate" / "zero3_cpu_offload.yaml"
+
+
+def _setting(group: str, affects: Affects, default: Any, description: str, *, supported: bool = True) -> Any:
+    """Declare a field: its heading in ``--help``, what it decides, its default, what it means."""
+    extra: dict[str, Any] = {"group": group, "affects": affects, "supported": supported}
+    return Field(default, description=description, json_schema_extra=extra)
+
+
+_planned = partial(_setting, supported=False)
+_dmd2 = partial(_planned, "DMD2 distillation", "weights")
+
+
+class RunConfig(BaseModel):
+    """The parameters of a run, checked. ``load_config`` builds one from a YAML file and flags."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+    dataset_base_path: str = _setting(
+        "dataset",
+        "nothing",
+        ...,
+        "Folder that the media paths in the metadata are relative to; for sft:train without cache_path, the cache.",
+    )
+    dataset_metadata_path: str | None = _setting(
+        "dataset", "nothing", None, "Metadata file: .csv, .json or .jsonl, one sample per row. Not read by sft:train."
+    )
+    dataset_repeat: Count = _setting(
+        "dataset", "weights", 1, "Passes over the dataset per epoch. Raise it for small datasets."
+    )
+    dataset_num_workers: Annotated[int, Field(ge=0)] = _setting(
+        "dataset", "nothing", 0, "Threads that decode media or read the cache ahead. 0: in the calling thread."
+    )
+    data_file_keys: str = _setting(
+        "dataset", "cache", "image,video", "Metadata columns that hold media files, comma-separated."
+    )
+
+    model_paths: list[str | list[str]] | None = _setting(
+        "model loading", "nothing", None, "Local weight files, JSON: one entry per model; a sharded model is a list."
+    )
+    model_id_with_origin_paths: str | None = _setting(
+        "model loading", "nothing", None, "Models by repository and file pattern, id:pattern, comma-separated."
+    )
+    extra_inputs: str | None = _planned(
+        "model loading", "cache", None, "More metadata columns that the model takes, comma-separated."
+    )
+    fp8_models: str | None = _planned("model loading", "weights", None, "Models whose weights are held in FP8.")
+    offload_models: str | None = _planned("model loading", "nothing", None, "Models that exist without their weights.")
+    resume_from_checkpoint: str | None = _planned("model loading", "weights", None, "Weights to start training from.")
+    quant_options: str | None = _planned("model loading", "weights", None, "Quantisation, model:method[/excluded].")
+
+    learning_rate: Positive = _setting(
+        "training", "weights", 1e-4, "Constant learning rate of AdamW. 1e-4 suits a LoRA, 1e-5 full training."
+    )
+    num_epochs: Count = _setting("training", "weights", 1, "Epochs, each of dataset_repeat passes.")
+    trainable_models: str | None = _planned(
+        "training", "weights", None, "Models to train in full: dit, vae, text_encoder."
+    )
+    find_unused_parameters: bool = _setting(
+        "training", "nothing", False, "Let DDP look for parameters without a gradient. No effect under DeepSpeed."
+    )
+    weight_decay: NonNegative = _setting("training", "weights", 0.01, "Weight decay of AdamW.")
+    task: str = _setting(
+        "training", "weights", "sft", "What is minimised; :data_process or :train after it runs that stage alone."
+    )
+    customized_optimizer: str | None = _planned("training", "weights", None, "Dotted path of an optimizer class.")
+
+    output_path: str = _setting(
+        "output",
+        "nothing",
+        "./models",
+        "Folder of the results; for sft:data_process without cache_path, the cache itself.",
+    )
+    remove_prefix_in_ckpt: Literal["pipe.dit.", ""] = _setting(
+        "output", "nothing", "pipe.dit.", "Prefix to strip from saved names; LoRA files never carry it."
+    )
+    save_steps: Count | None = _setting(
+        "output", "nothing", None, "Optimizer steps between checkpoints. Default: one checkpoint per epoch."
+    )
+
+    lora_base_model: str | None = _setting("LoRA", "weights", None, "Model that gets the LoRA: dit.")
+    lora_target_modules: str | None = _setting(
+        "LoRA", "weights", None, "Layers that get a LoRA, comma-separated. Default: what the family recommends."
+    )
+    lora_rank: Count = _setting("LoRA", "weights", 32, "Rank, and alpha, of the LoRA.")
+    lora_checkpoint: str | None = _planned("LoRA", "weights", None, "LoRA file to start from.")
+    preset_lora_path: str | None = _planned("LoRA", "weights", None, "LoRA file to fuse into the base model first.")
+    preset_lora_model: str | None = _planned("LoRA", "weights", None, "Model that the preset LoRA is fused into.")
+
+    use_gradient_checkpointing: bool = _setting(
+        "gradient", "nothing", False, "Recompute activations in the backward pass: less memory, about a third slower."
+    )
+    use_gradient_checkpointing_offload: bool = _planned(
+        "gradient", "nothing", False, "Keep checkpointed activations in host memory."
+    )
+    gradient_accumulation_steps: Count = _setting(
+        "gradient", "weights", 1, "Micro-steps per optimizer step. Raise it for a larger batch in the same memory."
+    )
+
+    height: Count | None = _setting(
+        "image size", "cache", None, "Height in pixels, together with width. Default: each image keeps its own size."
+    )
+    width: Count | None = _setting(
+        "image size", "cache", None, "Width in pixels, together with height. Default: each image keeps its own size."
+    )
+    max_pixels: Annotated[int, Field(ge=256)] = _setting(
+        "image size", "cache", 1024 * 1024, "Without height and width: larger images are shrunk to this area in pixels."
+    )
+    num_frames: int = _planned("image size", "cache", 81, "Frames per video.")
+
+    tokenizer_path: str | None = _setting(
+        "model-specific", "nothing", None, "Tokenizer folder. Default: the one beside the text encoder."
+    )
+    processor_path: str | None = _planned("model-specific", "nothing", None, "Qwen-Image-Edit: processor folder.")
+    zero_cond_t: bool = _planned("model-specific", "weights", False, "Qwen-Image-Edit: timestep 0 for the condition.")
+    initialize_model_on_cpu: bool = _setting(
+        "model-specific", "nothing", False, "Load the weights on the CPU. ZeRO-3 with offload always does."
+    )
+    audio_processor_path: str | None = _planned("model-specific", "nothing", None, "Wan: audio processor folder.")
+    max_timestep_boundary: float = _planned(
+        "model-specific", "weights", 1.0, "Wan: upper end of the trained timesteps."
+    )
+    min_timestep_boundary: float = _planned(
+        "model-specific", "weights", 0.0, "Wan: lower end of the trained timesteps."
+    )
+    framewise_decoding: bool = _planned("model-specific", "weights", False, "Wan: decode frame by frame.")
+    tokenizer_1_path: str | None = _planned("model-specific", "nothing", None, "FLUX: CLIP tokenizer folder.")
+    tokenizer_2_path: str | None = _planned("model-specific", "nothing", None, "FLUX: T5 tokenizer folder.")
+    align_to_opensource_format: bool = _planned(
+        "model-specific", "nothing", False, "FLUX: save the LoRA under kohya's names."
+    )
+    enable_npu_patch: bool = _planned("model-specific", "nothing", False, "Z-Image: kernels for Ascend NPUs.")
+    template_model_id_or_path: str | None = _planned("model-specific", "weights", None, "Template model.")
+    enable_lora_hot_loading: bool = _planned(
+        "model-specific", "weights", False, "Image-to-LoRA models: swap the LoRA while running."
+    )
+
+    enable_tensorboard_log: bool = _planned("logging", "nothing", False, "Log to TensorBoard.")
+    enable_swanlab_log: bool = _planned("logging", "nothing", False, "Log to SwanLab.")
+    swanlab_project: str | None = _planned("logging", "nothing", None, "SwanLab project.")
+    enable_wandb_log: bool = _planned("logging", "nothing", False, "Log to Weights & Biases.")
+    wandb_project: str | None = _planned("logging", "nothing", None, "Weights & Biases project.")
+    enable_csv_log: bool = _planned("logging", "nothing", False, "Log to a CSV file.")
+
+    enable_model_cpu_offload: bool = _planned("offload", "nothing", False, "Bring one layer at a time to the GPU.")
+    enable_optimizer_cpu_offload: bool = _planned("offload", "nothing", False, "Step the optimizer on the CPU.")
+    cpu_offload_split_threshold: int | None = _planned(
+        "offload", "nothing", None, "Modules above this many megabytes are split."
+    )
+
+    dmd2_student_update_freq: int = _dmd2(5, "Critic steps per student step.")
+    dmd2_student_sample_steps: int = _dmd2(4, "Sampling steps of the student.")
+    dmd2_student_sample_type: str = _dmd2("sde", "Sampler of the student.")
+    dmd2_student_schedule: str = _dmd2("uniform", "Timesteps of the student.")
+    dmd2_student_t_list: str | None = _dmd2(None, "Timesteps of the student, listed.")
+    dmd2_matching_t_min: float = _dmd2(0.001, "Smallest matching timestep.")
+    dmd2_matching_t_max: float = _dmd2(0.999, "Largest matching timestep.")
+    dmd2_matching_t_sampling: str = _dmd2("uniform", "Distribution of the matching timestep.")
+    dmd2_matching_t_mean: float = _dmd2(0.0, "Its mean.")
+    dmd2_matching_t_std: float = _dmd2(1.0, "Its standard deviation.")
+    dmd2_gan_loss_weight: float = _dmd2(0.03, "Weight of the GAN loss.")
+    dmd2_gan_r1_reg_weight: float = _dmd2(0.0, "Weight of the R1 penalty.")
+    dmd2_gan_r1_reg_alpha: float = _dmd2(0.1, "Noise scale of the R1 penalty.")
+    dmd2_gan_logit_reg_weight: float = _dmd2(0.0, "Weight of the logit penalty.")
+    dmd2_fake_score_learning_rate: float | None = _dmd2(None, "Learning rate of the fake score.")
+    dmd2_discriminator_learning_rate: float | None = _dmd2(None, "Learning rate of the discriminator.")
+    dmd2_feature_indices: str | None = _dmd2(None, "Layers that feed the discriminator.")
+    dmd2_discriminator_hidden_dim: int | None = _dmd2(None, "Width of the discriminator.")
+    dmd2_discriminator_num_blocks: int | None = _dmd2(None, "Depth of the discriminator.")
+    dmd2_teacher_cfg_scale: float | None = _dmd2(None, "Guidance scale of the teacher.")
+    dmd2_student_grad_clip_norm: float = _dmd2(10.0, "Gradient norm limit of the student.")
+
+    family: str = _setting(
+        "this project", "cache", "qwen_image", "Model family: the name of a module in diffsynth_pipe/families."
+    )
+    apply_exif_orientation: bool = _setting(
+        "this project", "cache", True, "Turn photos upright by EXIF. The reference does not: false gives its bytes."
+    )
+    encode_dtype: Literal["auto", "float32", "bfloat16"] = _setting(
+        "this project", "cache", "auto", "Compute dtype of the encoders. auto: bfloat16 on CUDA, float32 on the CPU."
+    )
+    cache_path: str | None = _setting(
+        "this project",
+        "nothing",
+        None,
+        "Folder of the cache. Default: output_path/cache; for a stage alone, where the reference's command puts it.",
+    )
+    cache_backend: Literal["zarr", "webdataset"] = _planned(
+        "this project", "nothing", "zarr", "Format of the cache's shards. Only zarr for now."
+    )
+    cache_commit_seconds: NonNegative = _setting(
+        "this project",
+        "nothing",
+        30.0,
+        "Seconds of encoding between commits: what a crash can cost. 0 commits each record.",
+    )
+    batch_size: Count = _setting("this project", "weights", 1, "Samples per micro-step and rank.")
+    max_grad_norm: Positive = _setting("this project", "weights", 1.0, "Gradients above this global norm are scaled.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = _setting(
+        "this project", "weights", 0, "Decides order, noise, timesteps and the LoRA's first weights."
+    )
+    num_validation_samples: Annotated[int, Field(ge=0)] = _setting(
+        "this project", "nothing", 8, "Samples whose loss is measured before and after training. 0: none."
+    )
+    accelerate_config_file: str = _setting(
+        "this project",
+        "nothing",
+        str(ACCELERATE_CONFIG),
+        "YAML for accelerate launch. Default: ZeRO-3 with CPU offload.",
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            message = "must not be true or false"
+            raise ValueError(message)
+        return value
+
+    @field_validator("model_paths", mode="before")
+    @classmethod
+    def _parse_json(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            message = f"must be a JSON list of paths and lists of paths ({error})"
+            raise ValueError(message) from error
+
+    @field_validator("*")
+    @classmethod
+    def _refuse_unsupported(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if value != cls.model_fields[info.field_name].default and not field_metadata(info.field_name)["supported"]:
+            message = "not supported yet"
+            raise ValueError(message)
+        return value
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, value: str) -> str:
+        return _one_of(value, plugin_names("diffsynth_pipe.families"))
+
+    @field_validator("task")
+    @classmethod
+    def _known_task(cls, value: str) -> str:
+        tasks = plugin_names("diffsynth_pipe.training.tasks")
+        return _one_of(value, [f"{task}{suffix}" for task in tasks for suffix in ("", ":data_process", ":train")])
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Self:
+        if (self.height is None) != (self.width is None):
+            message = f"height, width: set both or neither, got height={self.height}, width={self.width}"
+            raise ValueError(message)
+        return self
+
+    @property
+    def task_name(self) -> str:
+        """The task without its stage: ``sft``."""
+        return self.task.partition(":")[0]
+
+    @property
+    def stage(self) -> Stage | None:
+        """The one stage that ``task`` names; None for both."""
+        stage: Any = self.task.partition(":")[2]
+        return stage or None
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of the cache.
+
+        Without ``cache_path`` the reference's two commands hand it over by ``output_path`` and ``dataset_base_path``.
+        """
+        if self.cache_path is not None:
+            return Path(self.cache_path)
+        if self.stage == "data_process":
+            return Path(self.output_path)
+        return Path(self.dataset_base_path) if self.stage == "train" else Path(self.output_path) / "cache"
+
+    def keyed(self, affects: Affects) -> dict[str, Any]:
+        """Return the JSON values of the fields that decide this.
+
+        ``task`` comes without its stage: both stages in one command train the same weights as two commands.
+        """
+        values = self.model_dump(mode="json", include=set(fields_that_affect(affects)))
+        return values | {"task": self.task_name} if "task" in values else values
+
+    def save(self, path: Path) -> None:
+        """Write all values as YAML that ``load_config`` reads; atomically."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, text.encode(), path.parent)
+
+
+def field_metadata(name: str) -> Mapping[str, Any]:
+    """Return ``group``, ``affects`` and ``supported`` of a field."""
+    extra = RunConfig.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return extra
+
+
+def fields_that_affect(affects: Affects) -> list[str]:
+    """Return the names of the fields that decide this, in the order of their declaration."""
+    return [name for name in RunConfig.model_fields if field_metadata(name)["affects"] == affects]
+
+
+def comma_list(value: str | None) -> tuple[str, ...]:
+    """Split ``"a, b"`` at its commas; None is empty."""
+    return tuple(item for part in (value or "").split(",") if (item := part.strip()))
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """Return ``"; did you mean 'lora_rank'?"``, or nothing if no known name is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """Build the config of a run.
+
+    Args:
+        path: YAML file; None for flags alone.
+        overrides: Go over the file's values. Strings are parsed, so flags can be handed over as they were typed.
+
+    Raises:
+        ConfigError: One line that names each wrong parameter, its value, and the file if it came from there.
+    """
+    from_file = {} if path is None else _read_yaml(path)
+    try:
+        return RunConfig.model_validate(from_file | dict(overrides))
+    except ValidationError as error:
+        lines: dict[str, str] = {}
+        for detail in error.errors():
+            name = str(detail["loc"][0]) if detail["loc"] else ""
+            source = f" in {path}" if name in from_file and name not in overrides else ""
+            lines.setdefault(name, _one_line(name, source, detail))
+        raise ConfigError("; ".join(lines.values())) from error
+
+
+def _one_of(value: str, accepted: list[str]) -> str:
+    if value not in accepted:
+        message = f"must be one of {', '.join(accepted)}"
+        raise ValueError(message)
+    return value
+
+
+def _one_line(name: str, source: str, detail: ErrorDetails) -> str:
+    if detail["type"] == "extra_forbidden":
+        return f"unknown parameter {name!r}{source}{suggest(name, list(RunConfig.model_fields))}"
+    if detail["type"] == "missing":
+        return f"{name}: required, but not set"
+    text = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
+    if not name:
+        return text
+    text = text.replace("Input should be", "must be")
+    return f"{name}{source}: {text}, got {detail['input']!r}"
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML would let pass: a key that stands there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for position, (key, _) in enumerate(node.value):
+            if key.value in keys[:position]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is set twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        message = f"run file {path} cannot be read: {error.strerror}"
+        raise ConfigError(message) from error
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        message = f"{path}{line} is not YAML: {problem}"
+        raise ConfigError(message) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        message = f"{path} must be a mapping of parameter names to values, got {str(content)[:60]!r}"
+        raise ConfigError(message)
+    return content

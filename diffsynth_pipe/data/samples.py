@@ -1,0 +1,184 @@
+"""The rows of a dataset as samples: checked, digested and sized, but not decoded yet."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from tqdm import tqdm
+
+from diffsynth_pipe.config import comma_list
+from diffsynth_pipe.contracts import Sample
+from diffsynth_pipe.data.images import ImageInput, TextInput, read_size_px, target_size_px
+from diffsynth_pipe.data.metadata import read_metadata
+from diffsynth_pipe.errors import ConfigError, DataError
+from diffsynth_pipe.fingerprint import digest_files, json_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from diffsynth_pipe.config import RunConfig
+    from diffsynth_pipe.contracts import EncodeUnit, Input, ModelFamily
+    from diffsynth_pipe.data.metadata import Row
+
+T = TypeVar("T")
+
+FILES_PER_CHUNK = 1024
+PROGRESS_FROM_FILES = 2000
+
+
+def list_samples(config: RunConfig, family: ModelFamily) -> list[Sample]:
+    """List the dataset; every row and every file is checked before the first one is encoded.
+
+    Raises:
+        ConfigError: No metadata is named, no column is a file column, or the fixed size does not suit the family.
+        DataError: Metadata or files cannot be used; tells the first such row and how many more there are.
+    """
+    if config.dataset_metadata_path is None:
+        raise ConfigError("dataset_metadata_path: not set; name the csv, json or jsonl file that lists the samples")
+    metadata_path = Path(config.dataset_metadata_path)
+    columns = needed_columns(family.units)
+    file_columns = [column for column in columns if column in comma_list(config.data_file_keys)]
+    if not file_columns:
+        raise ConfigError(f"data_file_keys: {config.data_file_keys!r} names none of the columns {', '.join(columns)}")
+
+    rows = [(_source(metadata_path, row, file_columns), row) for row in read_metadata(metadata_path)]
+    _check_cells(metadata_path, rows, columns, file_columns)
+    base = Path(config.dataset_base_path)
+    sizes = _measure_files(config, family.size_multiple, rows, file_columns)
+    digests = _by_chunks(list(sizes), "hashing files", partial(digest_files, num_threads=_num_threads(config)))
+
+    samples = []
+    occurrences: Counter[str] = Counter()
+    for source, row in rows:
+        inputs: dict[str, Input] = {}
+        contents: dict[str, str] = {}
+        for column in columns:
+            if column in file_columns:
+                path = base / row.values[column]
+                height, width = sizes[path]
+                inputs[column] = ImageInput(
+                    path=path,
+                    media_digest=digests[path],
+                    height=height,
+                    width=width,
+                    apply_exif=config.apply_exif_orientation,
+                    label=source,
+                )
+                contents[column] = digests[path]
+            else:
+                inputs[column] = TextInput(row.values[column])
+                contents[column] = inputs[column].digest
+        content = json_digest(contents)
+        shapes = [sizes[base / row.values[column]] for column in file_columns]
+        samples.append(
+            Sample(
+                sample_id=json_digest([content, occurrences[content]]),
+                source=source,
+                bucket="+".join(f"{height}x{width}" for height, width in shapes),
+                inputs=inputs,
+            )
+        )
+        occurrences[content] += 1
+    return samples
+
+
+def needed_columns(units: Sequence[EncodeUnit]) -> list[str]:
+    """Return the metadata columns that the units read: their inputs that no earlier unit yields."""
+    columns: dict[str, None] = {}
+    fields: set[str] = set()
+    for unit in units:
+        columns |= dict.fromkeys(name for name in unit.inputs if name not in fields)
+        fields |= {field.name for field in unit.outputs}
+    return list(columns)
+
+
+def _source(metadata_path: Path, row: Row, file_columns: Sequence[str]) -> str:
+    files = ", ".join(str(row.values[column]) for column in file_columns if row.values.get(column))
+    return f"{metadata_path.name} row {row.number}" + (f" ({files})" if files else "")
+
+
+def _check_cells(
+    metadata_path: Path, rows: Sequence[tuple[str, Row]], columns: Sequence[str], file_columns: Sequence[str]
+) -> None:
+    for column in columns:
+        if not any(column in row.values for _, row in rows):
+            raise DataError(f"{metadata_path}: no column {column!r}, found {', '.join(rows[0][1].values)}; add it")
+    _raise_first(
+        f"{source}: {problem}"
+        for source, row in rows
+        for column in columns
+        if (problem := _cell_problem(row, column, is_file=column in file_columns))
+    )
+
+
+def _cell_problem(row: Row, column: str, *, is_file: bool) -> str | None:
+    if column not in row.values:
+        return f"no {column!r}, found {', '.join(row.values)}; add it"
+    value = row.values[column]
+    if not isinstance(value, str):
+        return f"{column!r} is {value!r}, expected {'a file name' if is_file else 'a text'}"
+    if is_file and not value.strip():
+        return f"{column!r} is empty, expected a file name"
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        return f"{column!r} is {value!r}, which is not valid Unicode (half a surrogate pair); write the whole character"
+    return None
+
+
+def _measure_files(
+    config: RunConfig, multiple: int, rows: Sequence[tuple[str, Row]], file_columns: Sequence[str]
+) -> dict[Path, tuple[int, int]]:
+    """Return the training size (height, width) of every file, in pixels."""
+    base = Path(config.dataset_base_path)
+    paths = list(dict.fromkeys(base / row.values[column] for _, row in rows for column in file_columns))
+    with ThreadPoolExecutor(_num_threads(config)) as pool:
+        measure = partial(_measure, config, multiple)
+        measured = _by_chunks(paths, "checking files", lambda chunk: pool.map(measure, chunk))
+    _raise_first(
+        f"{source}: {error}"
+        for source, row in rows
+        for column in file_columns
+        if isinstance(error := measured[base / row.values[column]], DataError)
+    )
+    return {path: size for path, size in measured.items() if not isinstance(size, DataError)}
+
+
+def _measure(config: RunConfig, multiple: int, path: Path) -> tuple[int, int] | DataError:
+    try:
+        width, height = read_size_px(path, config.apply_exif_orientation)
+        return target_size_px(
+            width,
+            height,
+            fixed_height=config.height,
+            fixed_width=config.width,
+            max_pixels=config.max_pixels,
+            multiple=multiple,
+        )
+    except DataError as error:
+        return error
+
+
+def _by_chunks(paths: Sequence[Path], title: str, function: Callable[[Sequence[Path]], Iterable[T]]) -> dict[Path, T]:
+    """Map paths a chunk at a time: memory stays bounded, and a killed run keeps the digests of finished chunks."""
+    results: dict[Path, T] = {}
+    disable = None if len(paths) > PROGRESS_FROM_FILES else True  # None: no bar unless stderr is a terminal
+    with tqdm(total=len(paths), desc=title, unit="file", disable=disable) as bar:
+        for start in range(0, len(paths), FILES_PER_CHUNK):
+            chunk = paths[start : start + FILES_PER_CHUNK]
+            results.update(zip(chunk, function(chunk), strict=True))
+            bar.update(len(chunk))
+    return results
+
+
+def _num_threads(config: RunConfig) -> int:
+    return max(1, config.dataset_num_workers)
+
+
+def _raise_first(problems: Iterable[str]) -> None:
+    """Raise the first problem, if there is one, and tell how many more there are."""
+    found = list(problems)
+    if found:
+        raise DataError(found[0] + (f" ({len(found) - 1} more rows like this)" if len(found) > 1 else ""))

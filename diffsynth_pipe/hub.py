@@ -1,0 +1,239 @@
+"""Model ids and paths -> local files of the components that a stage needs (ModelScope, Hugging Face, local)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from diffsynth_pipe.contracts import ComponentFiles
+from diffsynth_pipe.errors import ConfigError, ModelError, ModelFileMissing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from diffsynth_pipe.config import RunConfig
+    from diffsynth_pipe.contracts import ComponentSpec, ModelFamily
+
+WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+"""What diffusers and transformers call a component's weights; ``from_pretrained`` reads no others from its folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """One model as the user named it: a list of files, or else the text ``model_id:file_pattern``."""
+
+    text: str
+    files: tuple[Path, ...] = ()
+
+    @property
+    def folder_name(self) -> str:
+        """The name of the weights' folder, told without a look at the disk."""
+        return (self.files[0] if self.files else PurePath(self.text.rpartition(":")[2])).parent.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Where an entry's weights lie: ``files``, or what matches ``pattern`` in ``folder`` and can be downloaded."""
+
+    text: str
+    folder: Path
+    files: tuple[Path, ...] = ()
+    model_id: str = ""
+    pattern: PurePosixPath = field(default_factory=PurePosixPath)
+
+    def weights(self) -> tuple[Path, ...]:
+        """Return the safetensors files that are here, in order of their names."""
+        found = sorted(self.files or self.folder.glob(self.pattern.name))
+        return tuple(file for file in found if file.suffix == ".safetensors" and file.is_file())
+
+
+def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[str]) -> dict[str, ComponentFiles]:
+    """Find the files of components; download what is missing.
+
+    An entry belongs to the component whose subfolder its folder is named like, or else to the one that its
+    ``config.json`` names. No file of another component is looked at.
+
+    Args:
+        config: ``model_paths``, ``model_id_with_origin_paths`` and ``tokenizer_path`` name the files. Models by id lie
+            in ``$DIFFSYNTH_MODEL_BASE_PATH/<model id>``, by default below ``./models``.
+        family: The family of the components.
+        names: The components to find.
+
+    Raises:
+        ConfigError: An entry is malformed.
+        ModelFileMissing: A component is named nowhere, or is not here and was not downloaded.
+        ModelError: The files are not one whole model of the right class.
+    """
+    subfolders = {spec.subfolder: name for name, spec in family.components.items()}
+    named: dict[str, list[_Entry]] = {name: [] for name in family.components}
+    strays: list[_Entry] = []
+    for entry in _entries(config):
+        name = subfolders.get(entry.folder_name)
+        (named[name] if name else strays).append(entry)
+
+    found = {}
+    for name in dict.fromkeys(names):
+        spec = family.components[name]
+        entries = named[name] or [stray for stray in strays if _class_of(stray) == spec.class_name]
+        if not entries:
+            others = "".join(f"; {stray.text!r} is a {_class_of(stray)!r}" for stray in strays)
+            raise ModelFileMissing(
+                f"no model entry names the {name} ({spec.class_name}): add 'MODEL_ID:{spec.subfolder}/*.safetensors' "
+                f"to model_id_with_origin_paths, or its files to model_paths{others}"
+            )
+        if len(entries) > 1:
+            texts = " and ".join(repr(entry.text) for entry in entries)
+            raise ModelError(f"{len(entries)} model entries name the {name}: {texts}; keep one, its shards in one list")
+        found[name] = _component_files(_locate(entries[0]), spec, config.tokenizer_path)
+    return found
+
+
+def _entries(config: RunConfig) -> list[_Entry]:
+    listed = [[item] if isinstance(item, str) else item for item in config.model_paths or []]
+    if [] in listed:
+        raise ConfigError(f"model_paths: an entry of {config.model_paths!r} lists no file; remove it")
+    entries = [_Entry(text=files[0], files=tuple(Path(file).absolute() for file in files)) for files in listed]
+    texts = (text.strip() for text in (config.model_id_with_origin_paths or "").split(","))
+    return entries + [_Entry(text=text) for text in texts if text]
+
+
+def _locate(entry: _Entry) -> _Source:
+    files = entry.files or ((Path(entry.text).absolute(),) if Path(entry.text).exists() else ())
+    if files:
+        if len({file.parent for file in files}) > 1:
+            raise ModelError(f"model_paths: the list that starts with {entry.text!r} spans several folders; split it")
+        return _Source(text=entry.text, folder=files[0].parent, files=files)
+    model_id, _, text = entry.text.rpartition(":")
+    pattern = PurePosixPath(text)
+    if (
+        not model_id
+        or not text
+        or pattern.is_absolute()
+        or ".." in pattern.parts
+        or set("*?[") & set(str(pattern.parent))
+    ):
+        raise ConfigError(
+            f"model_id_with_origin_paths: {entry.text!r} is neither an existing file nor 'MODEL_ID:FOLDER/PATTERN', "
+            f"where only the file name holds a '*'"
+        )
+    folder = _models_folder() / model_id / pattern.parent
+    return _Source(text=entry.text, folder=folder, model_id=model_id, pattern=pattern)
+
+
+def _models_folder() -> Path:
+    return Path(os.environ.get("DIFFSYNTH_MODEL_BASE_PATH") or "models").absolute()
+
+
+def _class_of(entry: _Entry) -> str:
+    """Return the class of an entry whose folder has a name of its own."""
+    source = _locate(entry)
+    _fetch(source, companions={})
+    return _class_name(source.folder)
+
+
+def _component_files(source: _Source, spec: ComponentSpec, tokenizer_path: str | None) -> ComponentFiles:
+    companions = {name: source.folder.parent / name for name in spec.companions}
+    if tokenizer_path and "tokenizer" in companions:
+        companions["tokenizer"] = Path(tokenizer_path).absolute()
+    _fetch(source, companions)
+    weights = source.weights()
+    shards = _indexed_shards(weights)
+    if shards and shards != {file.name for file in weights}:
+        raise ModelError(
+            f"{source.text}: names {len(weights)} files, but the index of {source.folder} lists {len(shards)} shards, "
+            f"and all of them are loaded; name exactly those"
+        )
+    if not shards and weights[0].stem not in WEIGHT_STEMS:
+        raise ModelError(
+            f"{source.text}: {weights[0].name!r} would not be read, because weights are called "
+            f"{' or '.join(stem + '.safetensors' for stem in WEIGHT_STEMS)}; rename it"
+        )
+    if (class_name := _class_name(source.folder)) != spec.class_name:
+        raise ModelError(f"{source.folder}: holds a {class_name!r}, expected a {spec.class_name!r}; name another model")
+    return ComponentFiles(weights=weights, folder=source.folder, companions=companions)
+
+
+def _fetch(source: _Source, companions: Mapping[str, Path]) -> None:
+    """Download what is missing of a source.
+
+    Raises:
+        ModelFileMissing: It is still missing.
+    """
+    missing = _missing(source, companions)
+    if missing and source.model_id:
+        if os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in {"1", "true", "yes", "on"}:
+            raise ModelFileMissing(
+                f"{source.text}: {missing}; put it there, or unset DIFFSYNTH_SKIP_DOWNLOAD to download it"
+            )
+        beside = source.pattern.parent.parent
+        siblings = [f"{beside / name}/*" for name, path in companions.items() if path == source.folder.parent / name]
+        _download(source, [str(source.pattern), str(source.pattern.parent / "*.json"), *siblings])
+        missing = _missing(source, companions)
+    if missing:
+        raise ModelFileMissing(f"{source.text}: {missing}; correct the path or the pattern")
+
+
+def _missing(source: _Source, companions: Mapping[str, Path]) -> str | None:
+    """Say what a source lacks, or return None if it is whole."""
+    absent = [file for file in source.files if not file.is_file()]
+    if absent:
+        return f"{absent[0]} does not exist"
+    weights = source.weights()
+    if not weights:
+        return f"no .safetensors file matches {source.pattern.name or source.text!r} in {source.folder}"
+    if not (source.folder / "config.json").is_file():
+        return f"{source.folder / 'config.json'} does not exist"
+    shards = _indexed_shards(weights)
+    if not shards and len(weights) > 1:
+        return f"{len(weights)} files match in {source.folder}, but no *.safetensors.index.json ties them together"
+    absent = [source.folder / shard for shard in sorted(shards) if not (source.folder / shard).is_file()]
+    absent += [folder for folder in companions.values() if not folder.is_dir()]
+    return f"{absent[0]} does not exist" if absent else None
+
+
+def _indexed_shards(weights: tuple[Path, ...]) -> set[str]:
+    """Return the names of all shards of the model to which the weights belong; empty if they are not sharded."""
+    names = {file.name for file in weights}
+    for stem in WEIGHT_STEMS:
+        index = weights[0].parent / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            shards = set(_read_json(index).get("weight_map", {}).values())
+            if shards & names:
+                return shards
+    return set()
+
+
+def _class_name(folder: Path) -> str:
+    config = _read_json(folder / "config.json")
+    return str(config.get("_class_name") or (config.get("architectures") or [""])[0])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ModelError(f"{path}: is not JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: holds a {type(value).__name__}, expected an object; download it again")
+    return value
+
+
+def _download(source: _Source, patterns: list[str]) -> None:
+    import httpx
+    from modelscope_hub.errors import HubError
+
+    hub = os.environ.get("DIFFSYNTH_DOWNLOAD_SOURCE", "modelscope").lower()
+    if hub == "modelscope":
+        from modelscope.hub.snapshot_download import snapshot_download
+    elif hub == "huggingface":
+        from huggingface_hub import snapshot_download
+    else:
+        raise ConfigError(f"DIFFSYNTH_DOWNLOAD_SOURCE: {hub!r} is not one of modelscope, huggingface")
+    try:
+        snapshot_download(source.model_id, local_dir=str(_models_folder() / source.model_id), allow_patterns=patterns)
+    except (OSError, HubError, httpx.HTTPError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelFileMissing(f"{source.text}: download from {hub} failed: {reason}") from error

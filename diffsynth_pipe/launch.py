@@ -1,0 +1,285 @@
+"""Run a stage in processes of its own, so that none outlives the run and the device's memory is given back.
+
+This process -> guard -> command -> ranks. The output goes to a file, which this process follows: a pipe would block the
+ranks behind a slow reader and kill them with a dead one. The guard stops all that the command started (see ``guard``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from os import SEEK_END, environ, getpid
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from diffsynth_pipe.errors import LaunchError, PipeError, RunDirBusy
+from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_train, summarize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from diffsynth_pipe.config import RunConfig, Stage
+    from diffsynth_pipe.stages.plan import StagePlan
+
+GUARD_GRACE_S = 120.0
+"""How long the ranks may take to save after SIGTERM. It outlasts the caller's own grace: the guard works on alone."""
+
+PROGRESS_S = 5.0
+"""Least time between two lines from a progress bar that is still moving."""
+
+_POLL_S = 0.2
+_NUM_KEPT_LINES = 200
+_NUM_NOTE_LINES = 40
+
+_ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
+_LAUNCHER_EXCEPTION = re.compile(r"\b(?:ChildFailedError|CalledProcessError|SignalException)\b")
+_CHILD_EXITED_WITH_2 = re.compile(r"exitcode\s*: 2\b|non-zero exit status 2\b")
+
+
+def print_line(line: str) -> None:
+    """Write one line to stderr."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def stage_config(config: RunConfig, stage: Stage) -> RunConfig:
+    """Return the config of one stage of a run; both stages of it use the same cache."""
+    task = config.task.partition(":")[0]
+    return config.model_copy(update={"task": f"{task}:{stage}", "cache_path": str(config.cache_dir)})
+
+
+def plan_stages(config: RunConfig, stages: Iterable[Stage]) -> list[StagePlan]:
+    """Plan these stages exactly as ``launch_data_process`` and ``launch_train`` will."""
+    plans = []
+    samples_digest = None
+    if "data_process" in stages:
+        plans.append(plan_data_process(stage_config(config, "data_process")))
+        samples_digest = plans[0].key
+    if "train" in stages:
+        plans.append(plan_train(stage_config(config, "train"), samples_digest))
+    return plans
+
+
+def launch_data_process(
+    config: RunConfig, force: bool = False, on_line: Callable[[str], None] = print_line
+) -> StageResult:
+    """Fill the cache in a process of its own.
+
+    Args:
+        config: The run; its ``task`` may name another stage.
+        force: Encode even if the cache holds everything.
+        on_line: Gets each line of the output.
+
+    Raises:
+        PipeError: The stage refused the input; the message is its own.
+        LaunchError: The process ended badly.
+    """
+    config = stage_config(config, "data_process")
+    log_dir = Path(config.output_path) / "logs"
+    saved = log_dir / "data_process.yaml"
+    command = [sys.executable, "-m", "diffsynth_pipe.cli", "data-process", "--config", str(saved)]
+    if force:
+        command.append("--force")
+    return _launch(config, plan_data_process, force, command, log_dir, saved, on_line)
+
+
+def launch_train(config: RunConfig, force: bool = False, on_line: Callable[[str], None] = print_line) -> StageResult:
+    """Train from the cache under ``accelerate launch``.
+
+    Args:
+        config: The run; its ``task`` may name another stage.
+        force: Train even if this run is trained already.
+        on_line: Gets each line of the output.
+
+    Raises:
+        PipeError: The stage refused the input; the message is its own.
+        RunDirBusy: Another process trains this very run.
+        LaunchError: The ranks ended badly.
+    """
+    config = stage_config(config, "train")
+    run_dir = plan_train(config).path
+    saved = run_dir / "config.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config.accelerate_config_file]
+    command = [*launcher, "-m", "diffsynth_pipe.train", "--config", str(saved)]
+    return _launch(config, plan_train, force, command, run_dir, saved, on_line)
+
+
+def _launch(
+    config: RunConfig,
+    plan_stage: Callable[[RunConfig], StagePlan],
+    force: bool,
+    command: Sequence[str],
+    run_dir: Path,
+    saved_config: Path,
+    on_line: Callable[[str], None],
+) -> StageResult:
+    plan = plan_stage(config)
+    if plan.verdict == "hit" and not force:
+        return StageResult(stage=plan.stage, state="Cached", key=plan.key, path=plan.path, summary=summarize(plan))
+    log_name = f"{plan.stage}.log"
+    run_supervised(
+        command,
+        run_dir=run_dir,
+        log_name=log_name,
+        on_line=on_line,
+        # torchrun's own 30 s would cut a long save short.
+        env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(GUARD_GRACE_S))},
+        prepare=lambda: config.save(saved_config),
+    )
+    done = plan_stage(config)
+    if done.verdict != "hit":
+        message = f"{plan.stage} ended without an error but is not complete: {done.why}; see {run_dir / log_name}"
+        raise LaunchError(message)
+    state = "Completed" if plan.verdict == "hit" else STATE_OF_VERDICT[plan.verdict]
+    return StageResult(stage=done.stage, state=state, key=done.key, path=done.path, summary=summarize(done))
+
+
+def run_supervised(
+    command: Sequence[str],
+    *,
+    run_dir: Path,
+    log_name: str,
+    on_line: Callable[[str], None],
+    env: Mapping[str, str] | None = None,
+    grace_s: float = 25.0,
+    guard_grace_s: float = GUARD_GRACE_S,
+    prepare: Callable[[], None] | None = None,
+) -> None:
+    """Run a command under the guard until it and all that it started have ended.
+
+    Call it from the main thread: signals raise there, and the kernel takes the end of the calling thread for our death.
+
+    Args:
+        command: Program and arguments.
+        run_dir: Created if missing; one command at a time may use it.
+        log_name: File in ``run_dir`` that the output is appended to.
+        on_line: Gets each line; of a progress bar what a terminal shows, at most every ``PROGRESS_S``.
+        env: Laid over this process's environment.
+        grace_s: How long an exception here waits for the descendants to stop.
+        guard_grace_s: How long the descendants may take after SIGTERM before SIGKILL.
+        prepare: Called once ``run_dir`` is ours, before the start.
+
+    Raises:
+        RunDirBusy: Descendants of another call still use ``run_dir``.
+        PipeError: The command ended with code 2 after one ``error:`` line; the message is that line.
+        LaunchError: The command ended with another code; the last lines are in its notes.
+    """
+    log_path = run_dir / log_name
+    with _locked(run_dir) as lock, log_path.open("ab") as log, log_path.open("rb") as written:
+        if prepare is not None:
+            prepare()
+        lines = _Follow(written)
+        kept: deque[str] = deque(maxlen=_NUM_KEPT_LINES)
+
+        def pass_on(*, final: bool = False) -> None:
+            for line in lines.read(time.monotonic(), final=final):
+                kept.append(line)
+                on_line(line)
+
+        guard = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "diffsynth_pipe.guard"),
+                *("--parent", str(getpid()), "--grace", str(guard_grace_s), "--", *command),
+            ],
+            env={**environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock.fileno(),),  # the lock lasts until the guard has seen the last descendant go
+        )
+        try:
+            lock.truncate(0)
+            lock.write(str(guard.pid).encode())
+            lock.flush()
+            while guard.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    guard.wait(_POLL_S)
+                pass_on()
+            pass_on(final=True)
+        finally:
+            if guard.poll() is None:
+                guard.terminate()
+                try:
+                    guard.wait(grace_s)
+                except subprocess.TimeoutExpired:
+                    print_line(
+                        f"still stopping after {grace_s:g} s; process {guard.pid} sees to it and frees {run_dir}"
+                    )
+        if guard.returncode:
+            raise _failure(guard.returncode, list(kept), log_path)
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[BinaryIO]:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a+b") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().decode() or "that just started"
+            message = f"{run_dir} is in use by process {owner}: wait for it, or stop it with SIGTERM"
+            raise RunDirBusy(message) from None
+        yield lock
+
+
+class _Follow:
+    """Turns what is appended to a log into the lines that a terminal would show."""
+
+    def __init__(self, log: BinaryIO) -> None:
+        self._log = log
+        self._log.seek(0, SEEK_END)
+        self._open_line = b""
+        self._last_progress = ""
+        self._progress_at = -PROGRESS_S
+
+    def read(self, now_s: float, *, final: bool = False) -> list[str]:
+        """Return the new lines; of an open line that a progress bar redraws, its present text once in a while."""
+        *ended, open_line = (self._open_line + self._log.read()).split(b"\n")
+        if final:
+            ended.append(open_line)
+            open_line = b""
+        self._open_line = b"\r".join(open_line.split(b"\r")[-2:])
+        texts = [text for text in map(_visible, ended) if text and text != self._last_progress]
+        if b"\r" in self._open_line and now_s - self._progress_at >= PROGRESS_S:
+            progress = _visible(self._open_line)
+            if progress and progress != self._last_progress:
+                self._last_progress, self._progress_at = progress, now_s
+                texts.append(progress)
+        return texts
+
+
+def _visible(line: bytes) -> str:
+    drawn = _ESCAPE.sub("", line.decode(errors="replace")).split("\r")
+    return next((text.rstrip() for text in reversed(drawn) if text.strip()), "")
+
+
+def _failure(exit_code: int, lines: Sequence[str], log_path: Path) -> PipeError:
+    refusals = [line for line in lines if line.startswith("error: ")]
+    # A launcher ends with 1 whatever its ranks ended with, and says so in its report.
+    if refusals and (exit_code == 2 or any(map(_CHILD_EXITED_WITH_2.search, lines))):
+        return PipeError(refusals[-1].removeprefix("error: "))
+    ended = f"exit code {exit_code}"
+    if exit_code < 0 or exit_code > 128:
+        with contextlib.suppress(ValueError):
+            ended = signal.Signals(-exit_code if exit_code < 0 else exit_code - 128).name
+    error = LaunchError(f"{log_path.stem} ended with {ended}: {_cause(lines)}; all output is in {log_path}")
+    error.add_note("\n".join(["last lines:", *lines[-_NUM_NOTE_LINES:]]))
+    return error
+
+
+def _cause(lines: Sequence[str]) -> str:
+    """Return the last exception that is not the launcher's own, or else the last line."""
+    for line in reversed(lines):
+        match = _EXCEPTION.match(line)
+        if match and not _LAUNCHER_EXCEPTION.search(line):
+            return match[1]
+    return lines[-1] if lines else "no output"

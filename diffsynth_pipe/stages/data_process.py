@@ -1,0 +1,115 @@
+"""Stage 1: encode what the cache lacks, one component after the other, and seal a snapshot."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_encoding, summarize
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cache_store.store import Cache
+    from cache_store.writer import Writer
+    from diffsynth_pipe.config import RunConfig
+    from diffsynth_pipe.contracts import EncodeUnit, Sample
+    from diffsynth_pipe.stages.plan import EncodePlan
+
+
+def data_process(config: RunConfig, *, force: bool = False) -> StageResult:
+    """Bring the cache up to date with the metadata.
+
+    Only records that no journal has are encoded, and only the components that they need are loaded, one at a time.
+    With several processes (``RANK`` and ``WORLD_SIZE`` in the environment) each takes its share of the keys; the last
+    one to finish seals the snapshot, without a barrier.
+
+    Args:
+        config: The run.
+        force: Encode all records again; the new ones take the place of the old.
+
+    Raises:
+        DataError, ModelError, ConfigError: As their messages say; what was encoded before stays committed.
+        RecordRefused: An encoder yielded NaN or Inf.
+    """
+    from cache_store.store import Cache, SealedSample
+
+    encoding = plan_encoding(config)
+    before = plan_data_process(config, encoding)
+    cache = Cache.open_or_new(config.cache_dir, config.cache_backend)
+    encoded: dict[str, int] = {}
+    if force or before.verdict != "hit":
+        encoded = _encode(config, encoding, cache, force)
+        if any(encoding.missing(cache).values()):
+            why = "other processes are still encoding; the last one seals the snapshot"
+            return StageResult(
+                stage="data_process",
+                state="Completed",
+                key=before.key,
+                path=cache.root,
+                summary={"encoded": encoded, "why": why},
+            )
+        units = {name: cache.put_recipe(recipe) for name, recipe in encoding.recipes.items()}
+        cache.seal(
+            (
+                SealedSample(sample_id=sample.sample_id, bucket=sample.bucket, source=sample.source, keys=keys)
+                for sample, keys in zip(encoding.samples, encoding.keys, strict=True)
+            ),
+            {"family": config.family, "units": units},
+        )
+    return StageResult(
+        stage="data_process",
+        state="Completed" if force else STATE_OF_VERDICT[before.verdict],
+        key=before.key,
+        path=cache.root,
+        summary={**summarize(before), "encoded": encoded},
+    )
+
+
+def _encode(config: RunConfig, encoding: EncodePlan, cache: Cache, force: bool) -> dict[str, int]:
+    """Encode this process's share of the missing records, or of all; return how many per unit."""
+    from diffsynth_pipe.stages.encode import encode_device, encode_dtype
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = encode_device()
+    wanted = encoding.records() if force else encoding.missing(cache)
+    encoded: dict[str, int] = {}
+    with cache.writer(commit_seconds=config.cache_commit_seconds) as writer:
+        for unit in encoding.cut.cached:
+            share = {
+                key: encoding.samples[index]
+                for key, index in wanted[unit.name].items()
+                if int(key[:8], 16) % world_size == rank
+            }
+            if not share:
+                continue
+            components: dict[str, Any] = {}
+            if unit.component:
+                load = encoding.family.components[unit.component].load
+                components[unit.component] = load(
+                    encoding.files[unit.component], encode_dtype(config.encode_dtype, device), device
+                )
+            _encode_unit(unit, components, share, writer, config.dataset_num_workers)
+            encoded[unit.name] = len(share)
+    return encoded
+
+
+def _encode_unit(
+    unit: EncodeUnit,
+    components: Mapping[str, Any],
+    share: Mapping[str, Sample],
+    writer: Writer,
+    dataset_num_workers: int,
+) -> None:
+    from tqdm import tqdm
+
+    from diffsynth_pipe.stages.encode import encode, load_inputs, map_ahead, num_decode_threads, storage_arrays
+
+    loaded = map_ahead(
+        lambda item: load_inputs(unit, item[1].inputs), share.items(), num_decode_threads(dataset_num_workers)
+    )
+    with tqdm(total=len(share), desc=f"data_process {unit.name}", unit="record") as progress:
+        for (key, sample), inputs in loaded:
+            fields = storage_arrays(encode(unit, components, inputs))
+            writer.add(unit.name, key, fields, unit.outputs, label=sample.source)
+            progress.update()

@@ -1,0 +1,97 @@
+"""Run encode units on samples: what the cache stores and what single-process training sees are made here alike."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from concurrent.futures import Future
+
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from diffsynth_pipe.contracts import Components, EncodeUnit, Input
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def encode_device() -> torch.device:
+    """Return this rank's CUDA device, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def encode_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype in which the encoders compute; ``auto`` is bf16 on CUDA and fp32 on CPU, where bf16 crawls."""
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def encode(unit: EncodeUnit, components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Run one unit on one sample.
+
+    Args:
+        unit: The unit.
+        components: Holds the unit's component.
+        inputs: One loaded value per input of the unit.
+
+    Returns:
+        One tensor per output, on the CPU, in storage dtype.
+    """
+    import torch
+
+    with torch.inference_mode():
+        outputs = unit.encode(components, inputs)
+        return {
+            spec.name: outputs[spec.name].to(device="cpu", dtype=getattr(torch, spec.dtype)).contiguous()
+            for spec in unit.outputs
+        }
+
+
+def storage_arrays(fields: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return the fields as numpy arrays; bfloat16 as uint16 bit patterns."""
+    import torch
+
+    return {
+        name: (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        for name, tensor in fields.items()
+    }
+
+
+def load_inputs(unit: EncodeUnit, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    """Load the metadata values that one unit reads."""
+    return {name: inputs[name].load() for name in unit.inputs}
+
+
+def map_ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[tuple[T, R]]:
+    """Yield ``(item, function(item))`` in order while threads work a few items ahead of the consumer."""
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    with ThreadPoolExecutor(max_workers=num_threads) as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(function, item)))
+                if len(waiting) > 2 * num_threads:
+                    ahead, future = waiting.popleft()
+                    yield ahead, future.result()
+            while waiting:
+                ahead, future = waiting.popleft()
+                yield ahead, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def num_decode_threads(dataset_num_workers: int) -> int:
+    """Return the number of decoding threads; the reference's 0 workers means one thread beside the encoder."""
+    return max(1, dataset_num_workers)

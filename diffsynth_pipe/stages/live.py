@@ -1,0 +1,95 @@
+"""Samples that are encoded while training: the two stages in one process, without a cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from diffsynth_pipe.stages.encode import (
+    encode,
+    encode_device,
+    encode_dtype,
+    load_inputs,
+    map_ahead,
+    num_decode_threads,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import Tensor
+
+    from diffsynth_pipe.config import RunConfig
+    from diffsynth_pipe.contracts import Batch, Sample
+    from diffsynth_pipe.stages.plan import EncodePlan
+    from diffsynth_pipe.training.sampler import BatchPlan
+
+
+class LiveSource:
+    """The samples of a plan, encoded as ``data_process`` would, to the bit; the encoders stay loaded.
+
+    Args:
+        config: The run.
+        encoding: Its samples and the units before the cut.
+    """
+
+    def __init__(self, config: RunConfig, encoding: EncodePlan) -> None:
+        device = encode_device()
+        dtype = encode_dtype(config.encode_dtype, device)
+        self._units = encoding.cut.cached
+        self._components: dict[str, Any] = {
+            name: encoding.family.components[name].load(files, dtype, device) for name, files in encoding.files.items()
+        }
+        self._buckets: dict[str, list[Sample]] = {}
+        for sample in encoding.samples:
+            self._buckets.setdefault(sample.bucket, []).append(sample)
+        self._digest = encoding.digest
+        self._num_threads = num_decode_threads(config.dataset_num_workers)
+
+    @property
+    def bucket_sizes(self) -> Mapping[str, int]:
+        """Return the number of samples per bucket."""
+        return {name: len(samples) for name, samples in self._buckets.items()}
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the samples and their order, as a sealed snapshot of them would have it."""
+        return self._digest
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """Yield one batch per plan, in order, on the CPU and in storage dtype.
+
+        Raises:
+            DataError: A file cannot be decoded.
+        """
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        from diffsynth_pipe.contracts import Batch
+
+        specs = [spec for unit in self._units for spec in unit.outputs]
+        for plan, loaded in map_ahead(self._load, plans, self._num_threads):
+            records = [self._encode(inputs) for _, inputs in loaded]
+            columns = {spec: [record[spec.name] for record in records] for spec in specs}
+            yield Batch(
+                fields={
+                    spec.name: pad_sequence(items, batch_first=True) if spec.ragged else torch.stack(items)
+                    for spec, items in columns.items()
+                },
+                lengths={
+                    spec.name: torch.tensor([len(item) for item in items])
+                    for spec, items in columns.items()
+                    if spec.ragged
+                },
+                sample_ids=tuple(sample.sample_id for sample, _ in loaded),
+                visits=plan.visits,
+            )
+
+    def _load(self, plan: BatchPlan) -> list[tuple[Sample, dict[str, dict[str, Any]]]]:
+        samples = [self._buckets[plan.bucket][index] for index in plan.indices]
+        return [(sample, {unit.name: load_inputs(unit, sample.inputs) for unit in self._units}) for sample in samples]
+
+    def _encode(self, inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+        record: dict[str, Tensor] = {}
+        for unit in self._units:
+            record |= encode(unit, self._components, inputs[unit.name])
+        return record

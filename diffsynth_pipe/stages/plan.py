@@ -1,0 +1,267 @@
+"""What each stage would do, and why: decided from the disk alone, without torch.
+
+The cache's journal and snapshots, and ``run.json`` of a training run, are the only truth. Nothing here writes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cache_store.contract import CacheCorrupt, CacheNotFound
+from diffsynth_pipe.contracts import load_family, load_task
+from diffsynth_pipe.errors import ConfigError
+from diffsynth_pipe.fingerprint import component_digest, json_digest, record_key, unit_recipe
+from diffsynth_pipe.graph import Cut, cut
+from diffsynth_pipe.hub import resolve_components
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from cache_store.snapshot import Snapshot
+    from cache_store.store import Cache
+    from diffsynth_pipe.config import RunConfig
+    from diffsynth_pipe.contracts import ComponentFiles, ModelFamily, Sample
+
+Verdict = Literal["hit", "resume", "build"]
+State = Literal["Cached", "Resumed", "Completed"]
+
+STATE_OF_VERDICT: Mapping[Verdict, State] = {"hit": "Cached", "resume": "Resumed", "build": "Completed"}
+
+TRAIN_VERSION = 1
+"""Part of a training run's key; bumped by hand when the code changes the trained weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """What one stage would do.
+
+    Attributes:
+        verdict: ``hit``: nothing is left to do; ``resume``: part of the work is on disk; ``build``: none is.
+        key: Digest of all that decides the stage's result.
+        path: The cache, or the run directory.
+        why: One line for people.
+    """
+
+    stage: str
+    verdict: Verdict
+    key: str
+    path: Path
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """What one stage did."""
+
+    stage: str
+    state: State
+    key: str
+    path: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodePlan:
+    """The samples of a run, and the record that each unit before the cut must yield for each of them.
+
+    Attributes:
+        files: The components that the cached units run.
+        recipes: One recipe per cached unit.
+        keys: For each sample, unit name to record key.
+        digest: Digest of the ordered samples and their keys; equals the digest of the sealed snapshot.
+    """
+
+    family: ModelFamily
+    cut: Cut
+    files: Mapping[str, ComponentFiles]
+    recipes: Mapping[str, dict[str, Any]]
+    samples: list[Sample]
+    keys: list[dict[str, str]]
+    digest: str
+
+    def records(self) -> dict[str, dict[str, int]]:
+        """Return, per unit, the key of each record and the index of the first sample that needs it."""
+        first: dict[str, dict[str, int]] = {unit.name: {} for unit in self.cut.cached}
+        for index, keys in enumerate(self.keys):
+            for unit, key in keys.items():
+                first[unit].setdefault(key, index)
+        return first
+
+    def missing(self, cache: Cache) -> dict[str, dict[str, int]]:
+        """Return the part of ``records`` that no journal of the cache has."""
+        committed = cache.committed_keys()
+        return {
+            unit: {key: index for key, index in first.items() if key not in committed.get(unit, ())}
+            for unit, first in self.records().items()
+        }
+
+
+def trainable_models(config: RunConfig) -> frozenset[str]:
+    """Return the components that receive gradients.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    names = frozenset({config.lora_base_model} - {None, ""})
+    if not names:
+        message = "nothing to train: set --lora_base_model, for example --lora_base_model dit"
+        raise ConfigError(message)
+    return names  # type: ignore[return-value]
+
+
+def plan_cut(config: RunConfig, family: ModelFamily) -> Cut:
+    """Cut the family's graph for the models that this run trains."""
+    return cut(family.units, trainable_models(config), load_task(config.task_name).fields(family))
+
+
+def plan_encoding(config: RunConfig) -> EncodePlan:
+    """Read the metadata and say which records the cache must hold.
+
+    Raises:
+        DataError, ModelError, ConfigError: As their messages say.
+    """
+    from cache_store.snapshot import SealedSample, samples_digest
+    from diffsynth_pipe.data.samples import list_samples
+
+    family = load_family(config.family)
+    split = plan_cut(config, family)
+    files = resolve_components(config, family, [unit.component for unit in split.cached if unit.component])
+    digests = {name: component_digest(component) for name, component in files.items()}
+    recipes = {
+        unit.name: unit_recipe(unit, digests[unit.component] if unit.component else None, config.encode_dtype)
+        for unit in split.cached
+    }
+    recipe_ids = {name: json_digest(recipe) for name, recipe in recipes.items()}
+    samples = list_samples(config, family)
+    producer = {output.name: unit.name for unit in split.cached for output in unit.outputs}
+    all_keys: list[dict[str, str]] = []
+    for sample in samples:
+        keys: dict[str, str] = {}
+        for unit in split.cached:
+            inputs = [keys[producer[name]] if name in producer else sample.inputs[name].digest for name in unit.inputs]
+            keys[unit.name] = record_key(recipe_ids[unit.name], inputs)
+        all_keys.append(keys)
+    return EncodePlan(
+        family=family,
+        cut=split,
+        files=files,
+        recipes=recipes,
+        samples=samples,
+        keys=all_keys,
+        digest=samples_digest(
+            SealedSample(sample_id=sample.sample_id, bucket=sample.bucket, source=sample.source, keys=keys)
+            for sample, keys in zip(samples, all_keys, strict=True)
+        ),
+    )
+
+
+def plan_data_process(config: RunConfig, encoding: EncodePlan | None = None) -> StagePlan:
+    """Say whether the cache holds all that this run needs."""
+    from cache_store.store import Cache
+
+    encoding = encoding or plan_encoding(config)
+    cache = Cache.open_or_new(config.cache_dir, config.cache_backend)
+    missing = encoding.missing(cache)
+    total = {unit: len(records) for unit, records in encoding.records().items()}
+    counts = ", ".join(f"{name} {total[name] - len(missing[name])}/{total[name]}" for name in total)
+    verdict: Verdict
+    if any(missing.values()):
+        verdict = "build" if all(len(missing[name]) == total[name] for name in total) else "resume"
+        why = f"records on disk: {counts}"
+    else:
+        verdict, why = _verdict_of_snapshot(cache.latest(), encoding.digest, counts)
+    return StagePlan(stage="data_process", verdict=verdict, key=encoding.digest, path=config.cache_dir, why=why)
+
+
+def _verdict_of_snapshot(snapshot: Snapshot | None, digest: str, counts: str) -> tuple[Verdict, str]:
+    if snapshot is None or snapshot.header["digest"] != digest:
+        return "resume", f"all records on disk ({counts}), to be sealed"
+    try:
+        snapshot.check_files()
+    except CacheCorrupt as error:
+        return "resume", str(error)
+    return "hit", f"snapshot {snapshot.number}: {len(snapshot)} samples, {counts}"
+
+
+def latest_snapshot(config: RunConfig) -> Snapshot:
+    """Open the newest sealed snapshot of the run's cache.
+
+    Raises:
+        CacheNotFound: There is no cache, or none that is sealed.
+    """
+    from cache_store.store import Cache
+
+    snapshot = Cache.open(config.cache_dir).latest()
+    if snapshot is None:
+        message = f"no sealed snapshot in {config.cache_dir}: run `diffsynth-pipe data-process` to its end first"
+        raise CacheNotFound(message)
+    return snapshot
+
+
+def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
+    """Say whether this run is trained already.
+
+    Args:
+        config: The run.
+        data_digest: Digest of the samples, if the cache is yet to be made; otherwise the newest snapshot's.
+    """
+    family = load_family(config.family)
+    if data_digest is None:
+        data_digest = latest_snapshot(config).header["digest"]
+    base = resolve_components(config, family, sorted(trainable_models(config)))
+    key = json_digest(
+        {
+            "version": TRAIN_VERSION,
+            "parameters": config.keyed("weights"),
+            "samples": data_digest,
+            "base_models": {name: component_digest(files) for name, files in base.items()},
+        }
+    )
+    run_dir = Path(config.output_path) / f"train-{key[:12]}"
+    run = read_run(run_dir)
+    if run is not None and run["key"] == key:
+        return StagePlan(stage="train", verdict="hit", key=key, path=run_dir, why=f"trained: {run['num_steps']} steps")
+    why = "started, not finished: trains from the first step" if run_dir.exists() else "not trained yet"
+    return StagePlan(stage="train", verdict="build", key=key, path=run_dir, why=why)
+
+
+def read_run(run_dir: Path) -> dict[str, Any] | None:
+    """Return ``run.json`` of a finished run whose LoRA file is there; None otherwise."""
+    try:
+        run: dict[str, Any] = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return run if (run_dir / run["lora_path"]).is_file() else None
+
+
+def summarize(plan: StagePlan) -> dict[str, Any]:
+    """Return the figures of a stage that is done, from what it left on the disk.
+
+    For ``data_process``: num_samples, num_records, payload_bytes, disk_bytes and buckets (samples per bucket).
+    For ``train``: the contents of ``run.json``.
+    """
+    if plan.stage == "train":
+        return read_run(plan.path) or {}
+    from cache_store.store import Cache
+
+    snapshot = Cache.open(plan.path).latest()
+    assert snapshot is not None, "the stage is done"
+    return {
+        "num_samples": len(snapshot),
+        "num_records": sum(snapshot.num_records.values()),
+        "payload_bytes": snapshot.payload_bytes,
+        "disk_bytes": sum(path.stat().st_size for path in plan.path.rglob("*") if path.is_file()),
+        "buckets": {name: len(members) for name, members in snapshot.bucket_members.items()},
+    }
+
+
+def plan(config: RunConfig) -> list[StagePlan]:
+    """Plan the stages that ``config.task`` names."""
+    if config.stage == "train":
+        return [plan_train(config)]
+    encoding = plan_encoding(config)
+    data = plan_data_process(config, encoding)
+    return [data] if config.stage == "data_process" else [data, plan_train(config, encoding.digest)]

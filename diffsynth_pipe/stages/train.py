@@ -1,0 +1,137 @@
+"""Stage 2: train a LoRA of the denoiser from a sealed snapshot, or from live encoders. Runs in every rank."""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from cache_store.durable import replace_file
+from diffsynth_pipe.config import comma_list
+from diffsynth_pipe.contracts import load_family, load_task
+from diffsynth_pipe.errors import ConfigError
+from diffsynth_pipe.fingerprint import component_digest, json_digest
+from diffsynth_pipe.hub import resolve_components
+from diffsynth_pipe.stages.plan import (
+    StageResult,
+    latest_snapshot,
+    plan_cut,
+    plan_encoding,
+    plan_train,
+    trainable_models,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from diffsynth_pipe.config import RunConfig
+    from diffsynth_pipe.contracts import ComponentFiles, ModelFamily
+    from diffsynth_pipe.training.sources import SampleSource
+
+
+def train(config: RunConfig) -> StageResult:
+    """Train, and write ``run.json`` at the very end.
+
+    With ``sft:train`` the samples are the newest snapshot's, and only the denoiser's files are opened beside the cache's.
+    With ``sft`` they are encoded in this process, to the same bits, and the run has the same key. An unfinished earlier attempt in the run directory is
+    started over: its metrics are moved aside, its checkpoints replaced by the same bytes.
+
+    Raises:
+        CacheNotFound: There is no sealed snapshot.
+        CacheMismatch: The cache was made for another denoiser.
+        ModelError, ConfigError, LaunchError: As their messages say.
+    """
+    family = load_family(config.family)
+    if trainable_models(config) != {"dit"}:
+        raise ConfigError(f"lora_base_model: only 'dit' can be trained yet, got {config.lora_base_model!r}")
+    files = resolve_components(config, family, ["dit"])["dit"]
+    source = _cached_source(config, family, files) if config.stage == "train" else _live_source(config)
+    return _train_lora(config, family, files, source)
+
+
+def _cached_source(config: RunConfig, family: ModelFamily, files: ComponentFiles) -> SampleSource:
+    """Open the newest snapshot and check that its fields fit the denoiser."""
+    from diffsynth_pipe.training.sources import CachedSource
+
+    split = plan_cut(config, family)
+    assert not split.live, "no unit runs the denoiser"
+    snapshot = latest_snapshot(config)
+    shapes = {name: min(shapes) for name, shapes in snapshot.field_shapes().items()}
+    family.check_fields(json.loads((files.folder / "config.json").read_text(encoding="utf-8")), shapes)
+    return CachedSource(snapshot, split.crossing, num_threads=max(1, config.dataset_num_workers))
+
+
+def _live_source(config: RunConfig) -> SampleSource:
+    from diffsynth_pipe.stages.live import LiveSource
+
+    return LiveSource(config, plan_encoding(config))
+
+
+def _train_lora(config: RunConfig, family: ModelFamily, files: ComponentFiles, source: SampleSource) -> StageResult:
+    from diffsynth_pipe.training import engine as engines
+    from diffsynth_pipe.training.loop import Loop, Lora
+    from diffsynth_pipe.training.lora import adapter_metadata, add_lora, lora_parameters
+
+    accelerator = engines.start_accelerator(config)
+    with accelerator.main_process_first():
+        # The first rank digests the weights; the others find the digests it stored.
+        plan = plan_train(config, source.digest)
+        base_model_digest = component_digest(files)
+    if accelerator.is_main_process:
+        plan.path.mkdir(parents=True, exist_ok=True)
+        config.save(plan.path / "config.yaml")
+    device = engines.load_device(accelerator, initialize_model_on_cpu=config.initialize_model_on_cpu)
+    dit = family.components["dit"].load(files, engines.compute_dtype(), device)
+    targets = comma_list(config.lora_target_modules) or family.lora_target_modules
+    add_lora(dit, targets, config.lora_rank, config.seed)
+    if config.use_gradient_checkpointing:
+        dit.enable_gradient_checkpointing()
+    lora = Lora(
+        parameters=lora_parameters(dit, family.lora_prefix),
+        adapter=adapter_metadata(targets, config.lora_rank, family.lora_prefix),
+        lineage={
+            "version": version("diffsynth-pipe"),
+            "config_digest": json_digest(config.keyed("weights")),
+            "samples_digest": source.digest,
+            "base_model_digest": base_model_digest,
+            "seed": config.seed,
+            "lora_rank": config.lora_rank,
+            "lora_alpha": config.lora_rank,
+        },
+    )
+    begin = time.perf_counter()
+    engine = engines.start(accelerator, dit.train(), config)
+    result = Loop(
+        config,
+        family=family,
+        task=load_task(config.task_name),
+        engine=engine,
+        source=source,
+        lora=lora,
+        run_dir=plan.path,
+    ).run()
+    run: dict[str, Any] = {
+        "key": plan.key,
+        "num_steps": result.num_steps,
+        "loss_before": result.loss_before,
+        "loss_after": result.loss_after,
+        "lora_path": result.lora_path.name,
+        "lora_digest": result.lora_digest,
+        **_base_model(files),
+        "engine": engine.description,
+        "world_size": accelerator.num_processes,
+        "elapsed_s": round(time.perf_counter() - begin, 3),
+    }
+    if accelerator.is_main_process:
+        replace_file(plan.path / "run.json", (json.dumps(run, indent=2) + "\n").encode(), plan.path)
+    accelerator.end_training()
+    return StageResult(stage="train", state="Completed", key=plan.key, path=plan.path, summary=run)
+
+
+def _base_model(files: ComponentFiles) -> Mapping[str, str | None]:
+    """Say which repository the denoiser is from, and which pipeline loads it; None if it lies alone."""
+    repository = files.folder.parent
+    index = repository / "model_index.json"
+    pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"] if index.is_file() else None
+    return {"base_model": str(repository), "pipeline_class": pipeline}

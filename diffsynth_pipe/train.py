@@ -1,0 +1,38 @@
+"""The reference's command line: ``accelerate launch -m diffsynth_pipe.train --flag value ...``; runs in every rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+from diffsynth_pipe.errors import USER_ERRORS
+from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the stage that ``--task`` names; return the exit code."""
+    # torch warns of its own c10d internals once per collective.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    rank = os.environ.get("RANK", "0")
+    try:
+        parser = FlagParser(prog="diffsynth_pipe.train", description=__doc__)
+        add_config_flags(parser)
+        config = config_from_args(parser.parse_flags(argv))
+        if config.stage == "data_process":
+            from diffsynth_pipe.stages.data_process import data_process
+
+            data_process(config)
+        else:
+            from diffsynth_pipe.stages.train import train
+
+            train(config)
+    except USER_ERRORS as error:
+        where = "" if rank == "0" else f" in rank {rank}"
+        sys.stderr.write(f"error{where}: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""The engine of a rank: plain torch, or DeepSpeed with ZeRO and offload, as ``accelerate launch`` was told.
+
+accelerate drops DeepSpeed without a word where it decides for the CPU, and takes two CPU ranks for two lone ones unless
+gloo is named. So ``start`` says which engine it got, and refuses one that was not asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffsynth_pipe.errors import ConfigError, LaunchError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+    from diffsynth_pipe.config import RunConfig
+
+PLAIN_TORCH = "engine plain torch"
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """A denoiser that is ready to be trained.
+
+    Attributes:
+        model: Called in the place of the denoiser.
+        optimizer: Steps on the trainable parameters; under DeepSpeed the engine steps by itself.
+        compute_dtype: Dtype of the denoiser's weights and inputs.
+        description: One line for people and for ``run.json``.
+    """
+
+    accelerator: Accelerator
+    model: Module
+    optimizer: Optimizer
+    compute_dtype: torch.dtype
+    description: str
+
+
+def start_accelerator(config: RunConfig) -> Accelerator:
+    """Join the process group, and hand DeepSpeed its configuration if the launcher asked for it.
+
+    Raises:
+        ConfigError: The DeepSpeed file contradicts the run's parameters.
+        LaunchError: The DeepSpeed file is missing, or the ranks do not see each other.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns on import that it looked for a GPU
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)]
+    deepspeed = _asked_for_deepspeed()
+    cpu_ranks = not torch.cuda.is_available() and _launched_world_size() > 1
+    if not torch.cuda.is_available() and (deepspeed or cpu_ranks):
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(
+        cpu=cpu_ranks and not deepspeed,  # without it the ranks are joined, but nothing averages their gradients
+        deepspeed_plugin=_deepspeed_plugin(config) if deepspeed else None,
+        mixed_precision="bf16" if deepspeed and compute_dtype() is torch.bfloat16 else "no",
+        # Not the plain argument: the launcher's environment would override it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+        kwargs_handlers=handlers,
+    )
+    if accelerator.num_processes != _launched_world_size():
+        raise LaunchError(
+            f"the launcher started {_launched_world_size()} ranks, but this one sees {accelerator.num_processes}; "
+            "check use_cpu and distributed_type in the accelerate configuration"
+        )
+    return accelerator
+
+
+def compute_dtype() -> torch.dtype:
+    """Return bf16 on CUDA and fp32 on CPU, where bf16 is two orders of magnitude slower."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def load_device(accelerator: Accelerator, *, initialize_model_on_cpu: bool) -> torch.device:
+    """Return where the denoiser's weights are to be loaded: ZeRO-3 partitions them from the CPU."""
+    on_cpu = initialize_model_on_cpu or _asked_for_deepspeed()
+    return torch.device("cpu") if on_cpu else accelerator.device
+
+
+def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
+    """Wrap the denoiser and make its optimizer, AdamW at a constant learning rate.
+
+    Raises:
+        LaunchError: The engine is not the one that the launch configuration asks for.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    engine = _describe_engine(model)
+    dtype = compute_dtype()
+    description = f"{engine}, world size {accelerator.num_processes}, compute {str(dtype).removeprefix('torch.')}"
+    accelerator.print(description)
+    if _asked_for_deepspeed() and not engine.startswith("engine DeepSpeedEngine, ZeRO"):
+        raise LaunchError(f"asked for DeepSpeed ZeRO, but got {description!r}; set use_cpu: false for accelerate")
+    if accelerator.num_processes > 1 and engine == PLAIN_TORCH:
+        raise LaunchError(f"got {description!r}: the ranks would train apart; check the accelerate configuration")
+    return Engine(
+        accelerator=accelerator, model=model, optimizer=optimizer, compute_dtype=dtype, description=description
+    )
+
+
+def _asked_for_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def _launched_world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _describe_engine(model: Module) -> str:
+    if not _asked_for_deepspeed():
+        return "engine DistributedDataParallel" if hasattr(model, "no_sync") else PLAIN_TORCH
+    from deepspeed import DeepSpeedEngine
+
+    if not isinstance(model, DeepSpeedEngine):
+        return f"engine {type(model).__name__}"
+    offload = {"optimizer": model.zero_offload_optimizer(), "param": model.zero_offload_param()}
+    devices = " ".join(f"{name}={entry.device if entry else 'none'}" for name, entry in offload.items())
+    return f"engine DeepSpeedEngine, ZeRO stage {model.zero_optimization_stage()}, offload {devices}"
+
+
+def _deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin:
+    from accelerate.utils import DeepSpeedPlugin
+
+    path = _deepspeed_config_file()
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    parameters = {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.max_grad_norm,
+        "train_batch_size": config.batch_size * config.gradient_accumulation_steps * _launched_world_size(),
+    }
+    for name, value in parameters.items():
+        if settings.get(name, "auto") not in ("auto", value):
+            raise ConfigError(f'{path}: {name} is {settings[name]!r}, but this run\'s is {value!r}; write "auto" there')
+        settings[name] = value
+    if not torch.cuda.is_available():
+        _adapt_to_cpu(settings)
+    # The denoiser is loaded whole and partitioned afterwards: from_pretrained does not work under zero.Init.
+    return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+
+
+def _deepspeed_config_file() -> Path:
+    """Find the file that the accelerate configuration names, relative to the working folder or to the project."""
+    name = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if name == "none":
+        message = "the accelerate configuration asks for DeepSpeed without a deepspeed_config_file; name one"
+        raise LaunchError(message)
+    for path in (Path(name), PROJECT_ROOT / name):
+        if path.is_file():
+            return path
+    raise LaunchError(f"deepspeed_config_file {name!r} is neither in {Path.cwd()} nor in {PROJECT_ROOT}")
+
+
+def _adapt_to_cpu(settings: dict[str, Any]) -> None:
+    """Leave out what needs CUDA (pinned memory), or a compiler and minutes on first use (two DeepSpeed extensions)."""
+    import deepspeed
+
+    for name in ("offload_optimizer", "offload_param"):
+        if name in settings["zero_optimization"]:
+            settings["zero_optimization"][name]["pin_memory"] = False
+    settings["zero_force_ds_cpu_optimizer"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,106 @@
+"""Where the loop gets its batches from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from diffsynth_pipe.contracts import Batch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    import numpy as np
+    from torch import Tensor
+
+    from cache_store.snapshot import Snapshot
+    from diffsynth_pipe.training.sampler import BatchPlan
+
+
+class SampleSource(Protocol):
+    """Samples in buckets.
+
+    Attributes:
+        bucket_sizes: Number of samples per bucket, all at least 1.
+        digest: Digest of the ordered samples.
+    """
+
+    @property
+    def bucket_sizes(self) -> Mapping[str, int]:
+        """Return the number of samples per bucket."""
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the samples and their order."""
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """Yield one batch per plan, in order, on the CPU and in storage dtype.
+
+        The tensors of a batch may be overwritten when the next one is asked for.
+        """
+
+
+class CachedSource:
+    """The samples of a sealed snapshot, read ahead by threads.
+
+    Args:
+        snapshot: The samples.
+        fields: The fields that cross the cut.
+        num_threads: Reading threads.
+    """
+
+    def __init__(self, snapshot: Snapshot, fields: Sequence[str], num_threads: int = 2) -> None:
+        self._snapshot = snapshot
+        self._fields = tuple(fields)
+        self._num_threads = num_threads
+
+    @property
+    def bucket_sizes(self) -> Mapping[str, int]:
+        """Return the number of samples per bucket."""
+        return {name: len(members) for name, members in self._snapshot.bucket_members.items()}
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the samples and their order."""
+        return self._snapshot.digest
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """Yield one batch per plan, in order.
+
+        Raises:
+            CacheCorrupt: The files are not what was committed.
+        """
+        from cache_store.reader import BatchReader, Prefetcher
+
+        members = self._snapshot.bucket_members
+        requests = ((plan, members[plan.bucket][list(plan.indices)]) for plan in plans)
+        dtypes = {name: self._snapshot.fields[name].dtype for name in self._fields}
+        reader = BatchReader(self._snapshot, self._fields)
+        with Prefetcher(reader, requests, num_threads=self._num_threads) as prefetcher:
+            for plan, raw in prefetcher:
+                yield Batch(
+                    fields={name: _tensor(raw.fields[name], dtypes[name]) for name in self._fields},
+                    lengths={name: torch.from_numpy(lengths) for name, lengths in raw.lengths.items()},
+                    sample_ids=raw.sample_ids,
+                    visits=plan.visits,
+                )
+
+
+def to_device(batch: Batch, device: torch.device, compute_dtype: torch.dtype) -> Batch:
+    """Copy a batch to the training device, its float fields in the compute dtype."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, compute_dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+    return Batch(
+        fields={name: move(tensor) for name, tensor in batch.fields.items()},
+        lengths={name: move(tensor) for name, tensor in batch.lengths.items()},
+        sample_ids=batch.sample_ids,
+        visits=batch.visits,
+    )
+
+
+def _tensor(array: np.ndarray, dtype: str) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -1,0 +1,275 @@
+"""What every model family must do, on its tiny repository. A new family is tested the moment its file exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth_pipe.contracts import Batch, ComponentFiles, load_family, plugin_names
+from diffsynth_pipe.errors import CacheMismatch, ModelError
+from diffsynth_pipe.training.flow_match import sigma_grid
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diffsynth_pipe.contracts import ModelFamily
+
+CPU = torch.device("cpu")
+PROMPTS = ("", "a red circle", "three blue squares on a white table, 在 soft light")
+
+
+def random_image(seed: int, height_px: int = 48, width_px: int = 64) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family with its tiny repository, loaded by the family's own loaders."""
+
+    family: ModelFamily
+    repo: Path
+    components: dict[str, Any]
+    records: list[dict[str, torch.Tensor]]
+
+    @property
+    def dit_config(self) -> dict[str, Any]:
+        return json.loads((self.repo / self.family.components["dit"].subfolder / "config.json").read_text())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        ragged = ragged_fields(self.family)
+        return {name: tuple(value.shape)[name in ragged :] for name, value in self.records[0].items()}
+
+
+def component_files(family: ModelFamily, repo: Path, name: str) -> ComponentFiles:
+    spec = family.components[name]
+    folder = repo / spec.subfolder
+    return ComponentFiles(
+        weights=tuple(sorted(folder.glob("*.safetensors"))),
+        folder=folder,
+        companions={companion: repo / companion for companion in spec.companions},
+    )
+
+
+def ragged_fields(family: ModelFamily) -> set[str]:
+    return {spec.name for unit in family.units for spec in unit.outputs if spec.ragged}
+
+
+def encode(family: ModelFamily, components, prompt: str, image: Image.Image) -> dict[str, torch.Tensor]:
+    values: dict[str, Any] = {"prompt": prompt, "image": image}
+    fields = {}
+    for unit in family.units:
+        fields |= unit.encode(components, {name: values[name] for name in unit.inputs})
+        values |= fields
+    return fields
+
+
+def collate(family: ModelFamily, records, filler: float = 0.0) -> Batch:
+    ragged = ragged_fields(family)
+    fields, lengths = {}, {}
+    for name in records[0]:
+        items = [record[name] for record in records]
+        if name in ragged:
+            lengths[name] = torch.tensor([len(item) for item in items])
+            items = [
+                torch.nn.functional.pad(item, (0, 0, 0, int(lengths[name].max()) - len(item)), value=filler)
+                for item in items
+            ]
+        fields[name] = torch.stack(items)
+    count = len(records)
+    return Batch(
+        fields=fields, lengths=lengths, sample_ids=tuple(f"{i:032x}" for i in range(count)), visits=(0,) * count
+    )
+
+
+@pytest.fixture(scope="module", params=plugin_names("diffsynth_pipe.families"))
+def tiny(request, tmp_path_factory) -> Tiny:
+    family = load_family(request.param)
+    repo = tmp_path_factory.mktemp(request.param) / "repo"
+    family.write_tiny(repo)
+    components = {
+        name: spec.load(component_files(family, repo, name), torch.float32, CPU)
+        for name, spec in family.components.items()
+    }
+    records = [encode(family, components, prompt, random_image(seed)) for seed, prompt in enumerate(PROMPTS)]
+    return Tiny(family, repo, components, records)
+
+
+def modules_of(component: Any) -> list[torch.nn.Module]:
+    """Return the modules of a component: itself, or those in a family's bundle."""
+    parts = vars(component).values() if not dataclasses.is_dataclass(component) else dataclasses.astuple(component)
+    return [part for part in (component, *parts) if isinstance(part, torch.nn.Module)]
+
+
+def predict(tiny: Tiny, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return tiny.family.predict_velocity({"dit": tiny.components["dit"]}, batch, noisy, sigma)
+
+
+def test_tiny_repository_has_the_declared_layout(tiny):
+    for name, spec in tiny.family.components.items():
+        files = component_files(tiny.family, tiny.repo, name)
+        config = json.loads((files.folder / "config.json").read_text())
+        assert spec.class_name in (config.get("_class_name"), *config.get("architectures", []))
+        assert files.weights
+        assert all(path.is_dir() for path in files.companions.values())
+
+
+def test_tiny_repository_has_the_same_bytes_each_time_and_leaves_the_random_state_alone(tiny, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(12345)
+        state = torch.get_rng_state()
+        tiny.family.write_tiny(tmp_path / "again")
+        assert torch.equal(torch.get_rng_state(), state)
+    written = {path.relative_to(tiny.repo) for path in tiny.repo.rglob("*") if path.is_file()}
+    again = {path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()}
+    assert written == again
+    for path in written:
+        assert (tiny.repo / path).read_bytes() == (tmp_path / "again" / path).read_bytes(), path
+    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_write_tiny_touches_nothing_that_exists(tiny, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    tiny.family.write_tiny(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model_index.json"]
+    (tmp_path / "model_index.json").rename(tmp_path / "notes.json")
+    with pytest.raises(ModelError, match="not empty"):
+        tiny.family.write_tiny(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
+
+
+def test_components_load_frozen_in_eval_mode_and_in_the_asked_dtype(tiny):
+    for name, spec in tiny.family.components.items():
+        component = spec.load(component_files(tiny.family, tiny.repo, name), torch.bfloat16, CPU)
+        modules = modules_of(component)
+        assert modules, name
+        for module in modules:
+            assert not any(part.training for part in module.modules())
+            assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+            assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_units_form_a_graph_over_the_metadata_columns(tiny):
+    known = {"prompt", "image"}
+    for unit in tiny.family.units:
+        assert set(unit.inputs) <= known
+        assert unit.component is None or unit.component in tiny.family.components
+        assert json.loads(json.dumps(unit.recipe)) == unit.recipe
+        written = {spec.name for spec in unit.outputs}
+        assert not written & known, "field names are unique"
+        known |= written
+    assert tiny.family.latents_field in known
+
+
+def test_units_yield_the_declared_fields(tiny):
+    for record in tiny.records:
+        specs = [spec for unit in tiny.family.units for spec in unit.outputs]
+        assert set(record) == {spec.name for spec in specs}
+        for spec in specs:
+            value = record[spec.name]
+            assert value.ndim == len(spec.dims)
+            assert not value.requires_grad
+            assert bool(value.to(getattr(torch, spec.dtype)).isfinite().all())
+    for name in ragged_fields(tiny.family):
+        assert len({len(record[name]) for record in tiny.records}) > 1
+
+
+def test_a_record_does_not_depend_on_what_was_encoded_before(tiny):
+    for seed in (2, 0):
+        again = encode(tiny.family, tiny.components, PROMPTS[seed], random_image(seed))
+        for name, value in again.items():
+            assert torch.equal(value, tiny.records[seed][name])
+
+
+@pytest.mark.parametrize("filler", [0.0, 100.0])
+def test_a_padded_batch_predicts_what_single_samples_predict(tiny, filler):
+    generator = torch.Generator().manual_seed(0)
+    batch = collate(tiny.family, tiny.records, filler)
+    noisy = torch.randn(batch.fields[tiny.family.latents_field].shape, generator=generator)
+    sigma = torch.tensor([0.1, 0.5, 1.0])
+    velocity = predict(tiny, batch, noisy, sigma)
+    assert velocity.shape == noisy.shape
+    assert float(velocity.std()) > 0.01
+    for i, record in enumerate(tiny.records):
+        single = predict(tiny, collate(tiny.family, [record]), noisy[i : i + 1], sigma[i : i + 1])
+        torch.testing.assert_close(velocity[i : i + 1], single, rtol=0, atol=2e-6)
+
+
+def test_the_prediction_depends_on_every_input(tiny):
+    noisy = torch.randn(tiny.records[0][tiny.family.latents_field].shape, generator=torch.Generator().manual_seed(0))[
+        None
+    ]
+    sigma = torch.tensor([0.5])
+    batch = collate(tiny.family, tiny.records[:1])
+    base = predict(tiny, batch, noisy, sigma)
+    assert not torch.equal(predict(tiny, batch, noisy, sigma + 0.1), base)
+    assert not torch.equal(predict(tiny, batch, noisy * 1.1, sigma), base)
+    for name in batch.fields.keys() - {tiny.family.latents_field}:
+        changed = dataclasses.replace(batch, fields={**batch.fields, name: batch.fields[name] + 1})
+        assert not torch.equal(predict(tiny, changed, noisy, sigma), base), name
+
+
+def test_gradients_reach_the_denoiser(tiny):
+    dit = tiny.family.components["dit"].load(component_files(tiny.family, tiny.repo, "dit"), torch.float32, CPU)
+    dit.requires_grad_(True)
+    batch = collate(tiny.family, tiny.records)
+    noisy = batch.fields[tiny.family.latents_field]
+    tiny.family.predict_velocity(
+        {"dit": dit}, batch, noisy, torch.full((len(PROMPTS),), 0.5)
+    ).square().mean().backward()
+    grads = [parameter.grad for parameter in dit.parameters() if parameter.grad is not None]
+    assert any(float(grad.abs().max()) > 0 for grad in grads)
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+def test_every_default_lora_target_matches_a_linear_layer(tiny):
+    linear = [name for name, module in tiny.components["dit"].named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in tiny.family.lora_target_modules:
+        assert any(name == target or name.endswith(f".{target}") for name in linear), target
+
+
+def test_schedule_falls_from_one_to_its_declared_end(tiny):
+    schedule = tiny.family.schedule
+    sigmas = sigma_grid(schedule)
+    assert len(sigmas) == schedule.num_steps
+    assert sigmas[0] == 1
+    assert bool((sigmas.diff() < 0).all())
+    if schedule.terminal is None:
+        assert 0 < float(sigmas[-1]) < 0.05
+    else:
+        assert float(sigmas[-1]) == pytest.approx(schedule.terminal, abs=1e-7)
+
+
+def test_fields_of_this_denoiser_are_accepted(tiny):
+    tiny.family.check_fields(tiny.dit_config, tiny.shapes)
+
+
+def test_fields_of_another_model_are_refused_in_one_line(tiny):
+    channel_axes = {
+        spec.name: spec.dims[spec.ragged :].index("channel")
+        for unit in tiny.family.units
+        for spec in unit.outputs
+        if "channel" in spec.dims
+    }
+    assert tiny.family.latents_field in channel_axes
+    for name, axis in channel_axes.items():
+        shape = list(tiny.shapes[name])
+        shape[axis] *= 2
+        with pytest.raises(CacheMismatch, match=f"{name}.*{shape[axis]}") as caught:
+            tiny.family.check_fields(tiny.dit_config, {**tiny.shapes, name: tuple(shape)})
+        assert "\n" not in str(caught.value)
+
+
+def test_a_missing_field_is_named(tiny):
+    for name in tiny.shapes:
+        with pytest.raises(CacheMismatch, match=name):
+            tiny.family.check_fields(tiny.dit_config, {key: shape for key, shape in tiny.shapes.items() if key != name})

@@ -1,0 +1,220 @@
+"""Stage 1 on real photos and the tiny model: what it stores, what it reuses, what it refuses."""
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cache_store.reader import BatchReader
+from cache_store.store import Cache
+from diffsynth_pipe.stages.data_process import data_process
+from diffsynth_pipe.stages.plan import plan_data_process
+
+SEVERAL_COMMITS = 3
+
+
+def read_all(cache_dir):
+    """Return the fields of every sample as the reader gives them."""
+    snapshot = Cache.open(cache_dir).latest()
+    reader = BatchReader(snapshot, ["latents", "prompt_emb"])
+    samples = {}
+    for index in range(len(snapshot)):
+        batch = reader.read([index])
+        samples[snapshot.sample_id(index)] = {name: array[0].copy() for name, array in batch.fields.items()}
+    return samples
+
+
+def assert_same(one, other):
+    assert list(one) == list(other)
+    for sample_id, fields in one.items():
+        for name, array in fields.items():
+            np.testing.assert_array_equal(array, other[sample_id][name])
+
+
+def test_cached_fields_are_those_of_the_diffusers_pipeline(run_config, tiny_repo, photos):
+    from diffusers import QwenImagePipeline
+
+    config = run_config()
+    result = data_process(config)
+    assert result.state == "Completed"
+    assert result.summary["encoded"] == {"text": 5, "latents": 6}
+
+    pipe = QwenImagePipeline.from_pretrained(tiny_repo, transformer=None, dtype=torch.float32)
+    snapshot = Cache.open(config.cache_dir).latest()
+    reader = BatchReader(snapshot, ["latents", "prompt_emb"])
+    rows = [line.split(",", 1) for line in (photos / "metadata.csv").read_text("utf-8").splitlines()[1:]]
+    assert len(rows) == len(snapshot) == 6
+    for index, (name, prompt) in enumerate(rows):
+        batch = reader.read([index])
+        prompt_emb, _ = pipe.encode_prompt(prompt.strip('"').replace('""', '"'))
+        expected = prompt_emb[0].to(torch.bfloat16).view(torch.uint16).numpy()
+        np.testing.assert_array_equal(batch.fields["prompt_emb"][0], expected)
+
+        height, width = (8 * size for size in batch.fields["latents"].shape[-2:])
+        pixels = fit(Image.open(photos / name).convert("RGB"), height, width)
+        latents = pipe._encode_vae_image(pipe.image_processor.preprocess(pixels)[:, :, None], None)
+        expected = latents[0].to(torch.bfloat16).view(torch.uint16).numpy()
+        np.testing.assert_array_equal(batch.fields["latents"][0], expected)
+
+
+def fit(image, height, width):
+    scale = max(width / image.width, height / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def test_a_second_run_is_cached_and_imports_no_torch(run_config, run_file):
+    data_process(run_config())
+    script = (
+        "import sys; from diffsynth_pipe.cli import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    second = subprocess.run(
+        [sys.executable, "-c", script, "data-process", str(run_file())], capture_output=True, text=True, timeout=60
+    )
+    assert second.returncode == 0, second.stderr
+    assert "data_process: Cached" in second.stdout
+
+
+def test_kill_9_loses_only_what_was_in_flight(run_config, run_file, tmp_path):
+    whole = run_config(cache_path=str(tmp_path / "whole"))
+    data_process(whole)
+
+    config = run_config(cache_commit_seconds=0)
+    command = [sys.executable, "-m", "diffsynth_pipe.cli", "data-process", str(run_file(cache_commit_seconds=0))]
+    writer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while writer.poll() is None and num_committed(config.cache_dir) < SEVERAL_COMMITS:
+        pass
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    committed = num_committed(config.cache_dir)
+    assert SEVERAL_COMMITS <= committed < 11
+    assert plan_data_process(config).verdict == "resume"
+
+    result = data_process(config)
+    assert result.state == "Resumed"
+    assert sum(result.summary["encoded"].values()) == 11 - committed
+    assert_same(read_all(config.cache_dir), read_all(whole.cache_dir))
+
+
+def num_committed(cache_dir):
+    try:
+        return sum(map(len, Cache.open(cache_dir).committed_keys().values()))
+    except FileNotFoundError:
+        return 0
+
+
+def test_only_what_changed_is_encoded_again(run_config, edit_rows, photos):
+    config = run_config()
+    data_process(config)
+
+    def recaption(rows):
+        rows[0]["prompt"] += ", at night"
+
+    edit_rows(recaption)
+    assert data_process(config).summary["encoded"] == {"text": 1}
+
+    def rename(rows):
+        (photos / rows[1]["image"]).rename(photos / "renamed.jpg")
+        rows[1]["image"] = "renamed.jpg"
+
+    edit_rows(rename)
+    assert data_process(config).summary["encoded"] == {}
+
+    assert data_process(run_config(max_pixels=2048)).summary["encoded"] == {"latents": 6}
+
+
+def test_two_processes_share_the_work_without_a_barrier(run_config, run_file, tmp_path, monkeypatch):
+    config = run_config()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    first = data_process(config)
+    assert "other processes" in first.summary["why"]
+    assert Cache.open(config.cache_dir).latest() is None
+    monkeypatch.setenv("RANK", "0")
+    second = data_process(config)
+    assert sum(second.summary["encoded"].values()) + num_records(first) == 11
+    assert len(Cache.open(config.cache_dir).latest()) == 6
+
+
+def num_records(result):
+    return sum(result.summary["encoded"].values())
+
+
+def missing_image(rows):
+    rows[4]["image"] = "nowhere.jpg"
+
+
+def missing_column(rows):
+    return [{"image": row["image"], "text": row["prompt"]} for row in rows]
+
+
+def truncate_jpeg(photos):
+    image = photos / (photos / "metadata.csv").read_text("utf-8").splitlines()[3].split(",")[0]
+    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+    return image.name
+
+
+def assert_refused(finished, *words):
+    """One line, exit code 2, each of the words in it."""
+    assert finished.returncode == 2, finished.stderr
+    line = finished.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "Traceback" not in finished.stderr
+    for word in words:
+        assert word in line, line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [(missing_image, ("nowhere.jpg", "row 5")), (missing_column, ("'prompt'", "metadata.csv"))]
+)
+def test_bad_metadata_leaves_no_cache(cli, run_file, run_config, edit_rows, change, words):
+    edit_rows(change)
+    assert_refused(cli("data-process", run_file()), *words)
+    assert not run_config().cache_dir.exists()
+
+
+def test_empty_metadata_leaves_no_cache(cli, run_file, run_config, photos):
+    (photos / "metadata.csv").write_text("image,prompt\n", encoding="utf-8")
+    assert_refused(cli("data-process", run_file()), "metadata.csv")
+    assert not run_config().cache_dir.exists()
+
+
+def test_a_truncated_jpeg_is_named_and_costs_nothing_else(cli, run_file, run_config, photos):
+    name = truncate_jpeg(photos)
+    assert_refused(cli("data-process", run_file()), name, "row 3")
+    assert Cache.open(run_config().cache_dir).latest() is None
+    assert num_committed(run_config().cache_dir) > 0
+
+
+def test_parameters_are_refused_before_anything_is_read(cli, run_file, run_config):
+    assert_refused(cli("data-process", run_file(lora_rnak=4)), "lora_rnak", "lora_rank")
+    assert_refused(cli("data-process", run_file(lora_rank=0)), "lora_rank", "0")
+    assert_refused(cli("data-process", run_file(fp8_models="x")), "fp8_models", "not supported yet")
+    assert not run_config().cache_dir.exists()
+
+
+def test_a_missing_model_file_is_named(cli, run_file, run_config, model_ids):
+    ids = model_ids("text_encoder", "vae").replace("vae/diffusion_pytorch_model", "vae/absent")
+    assert_refused(cli("data-process", run_file(model_id_with_origin_paths=ids)), "vae/absent.safetensors")
+    assert not run_config().cache_dir.exists()
+
+
+def test_an_encoder_that_yields_nan_is_refused(cli, run_file, run_config, tiny_repo, tmp_path, monkeypatch, model_ids):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "models" / "tiny" / "Qwen-Image"
+    shutil.copytree(tiny_repo, broken)
+    weights = broken / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["quant_conv.bias"][0] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
+    assert_refused(cli("data-process", run_file()), "latents", "row 1")

@@ -1,0 +1,428 @@
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffsynth_pipe.config import RunConfig, comma_list, field_metadata, load_config
+from diffsynth_pipe.errors import ConfigError
+from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
+
+# The two commands of the reference's low-VRAM LoRA training, as they stand in its documentation.
+DATA_PROCESS_COMMAND = """
+--dataset_base_path data/example_image_dataset
+--dataset_metadata_path data/example_image_dataset/metadata.csv
+--max_pixels 1048576
+--dataset_repeat 1
+--model_id_with_origin_paths "Qwen/Qwen-Image:text_encoder/model*.safetensors,\
+Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"
+--learning_rate 1e-4
+--num_epochs 5
+--remove_prefix_in_ckpt "pipe.dit."
+--output_path "./models/train/Qwen-Image_lora-splited-cache"
+--lora_base_model "dit"
+--lora_target_modules "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,\
+to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
+--lora_rank 32
+--task "sft:data_process"
+--use_gradient_checkpointing
+--dataset_num_workers 8
+--find_unused_parameters
+"""
+TRAIN_COMMAND = """
+--dataset_base_path "./models/train/Qwen-Image_lora-splited-cache"
+--max_pixels 1048576
+--dataset_repeat 50
+--model_id_with_origin_paths "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors"
+--learning_rate 1e-4
+--num_epochs 5
+--remove_prefix_in_ckpt "pipe.dit."
+--output_path "./models/train/Qwen-Image_lora"
+--lora_base_model "dit"
+--lora_target_modules "to_q,to_k,to_v,add_q_proj,add_k_proj,add_v_proj,\
+to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
+--lora_rank 32
+--task "sft:train"
+--use_gradient_checkpointing
+--dataset_num_workers 8
+--find_unused_parameters
+--initialize_model_on_cpu
+"""
+REFERENCE_DEFAULTS = {
+    "dataset_metadata_path": None,
+    "dataset_repeat": 1,
+    "dataset_num_workers": 0,
+    "data_file_keys": "image,video",
+    "height": None,
+    "width": None,
+    "max_pixels": 1024 * 1024,
+    "num_frames": 81,
+    "model_paths": None,
+    "model_id_with_origin_paths": None,
+    "extra_inputs": None,
+    "fp8_models": None,
+    "offload_models": None,
+    "resume_from_checkpoint": None,
+    "quant_options": None,
+    "learning_rate": 1e-4,
+    "num_epochs": 1,
+    "trainable_models": None,
+    "find_unused_parameters": False,
+    "weight_decay": 0.01,
+    "task": "sft",
+    "customized_optimizer": None,
+    "output_path": "./models",
+    "remove_prefix_in_ckpt": "pipe.dit.",
+    "save_steps": None,
+    "lora_base_model": None,
+    "lora_rank": 32,
+    "lora_checkpoint": None,
+    "preset_lora_path": None,
+    "preset_lora_model": None,
+    "use_gradient_checkpointing": False,
+    "use_gradient_checkpointing_offload": False,
+    "gradient_accumulation_steps": 1,
+    "tokenizer_path": None,
+    "processor_path": None,
+    "zero_cond_t": False,
+    "initialize_model_on_cpu": False,
+    "max_timestep_boundary": 1.0,
+    "min_timestep_boundary": 0.0,
+}
+
+# One value other than the default for each supported field: as typed after a flag, as parsed, and what it decides.
+OTHER_VALUES = {
+    "dataset_base_path": ("data/b", "data/b", "nothing"),
+    "dataset_metadata_path": ("m.csv", "m.csv", "nothing"),
+    "dataset_repeat": ("3", 3, "weights"),
+    "dataset_num_workers": ("4", 4, "nothing"),
+    "data_file_keys": ("photo", "photo", "cache"),
+    "model_paths": ('["a", ["b", "c"]]', ["a", ["b", "c"]], "nothing"),
+    "model_id_with_origin_paths": ("a/b:c*", "a/b:c*", "nothing"),
+    "learning_rate": ("1e-5", 1e-5, "weights"),
+    "num_epochs": ("2", 2, "weights"),
+    "find_unused_parameters": ("true", True, "nothing"),
+    "weight_decay": ("0", 0.0, "weights"),
+    "task": ("sft:train", "sft:train", None),  # the stage decides nothing: see test_both_stages_in_one_command
+    "output_path": ("out", "out", "nothing"),
+    "remove_prefix_in_ckpt": ("", "", "nothing"),
+    "save_steps": ("100", 100, "nothing"),
+    "lora_base_model": ("dit", "dit", "weights"),
+    "lora_target_modules": ("to_q,to_k", "to_q,to_k", "weights"),
+    "lora_rank": ("16", 16, "weights"),
+    "use_gradient_checkpointing": ("true", True, "nothing"),
+    "gradient_accumulation_steps": ("2", 2, "weights"),
+    "height": ("512", 512, "cache"),
+    "width": ("384", 384, "cache"),
+    "max_pixels": ("65536", 65536, "cache"),
+    "tokenizer_path": ("tokenizer", "tokenizer", "nothing"),
+    "initialize_model_on_cpu": ("true", True, "nothing"),
+    "apply_exif_orientation": ("false", False, "cache"),
+    "encode_dtype": ("float32", "float32", "cache"),
+    "cache_path": ("cache", "cache", "nothing"),
+    "cache_commit_seconds": ("0.5", 0.5, "nothing"),
+    "batch_size": ("2", 2, "weights"),
+    "max_grad_norm": ("0.5", 0.5, "weights"),
+    "seed": ("7", 7, "weights"),
+    "num_validation_samples": ("0", 0, "nothing"),
+    "accelerate_config_file": ("a.yaml", "a.yaml", "nothing"),
+}
+SUPPORTED = [name for name in RunConfig.model_fields if field_metadata(name)["supported"]]
+UNSUPPORTED = [name for name in RunConfig.model_fields if not field_metadata(name)["supported"]]
+PARTNER = {"height": {"width": "384"}, "width": {"height": "512"}}
+
+
+def parse(flags):
+    parser = FlagParser(prog="test")
+    add_config_flags(parser)
+    return config_from_args(parser.parse_flags(flags))
+
+
+def config(**values):
+    return load_config(None, {"dataset_base_path": "data"} | values)
+
+
+def error_line(path=None, **values):
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, values)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("command", [DATA_PROCESS_COMMAND, TRAIN_COMMAND])
+def test_the_references_commands_parse_as_they_stand(command):
+    words = shlex.split(command)
+    parsed = parse(words)
+    for position, word in enumerate(words):
+        if word.startswith("--"):
+            value = words[position + 1] if position + 1 < len(words) else "--"
+            expected = "True" if value.startswith("--") else value
+            shown = getattr(parsed, word.removeprefix("--"))
+            assert str(shown) == expected or shown == float(expected)
+
+
+def test_the_references_commands_share_their_cache():
+    folder = Path("models/train/Qwen-Image_lora-splited-cache")
+    assert parse(shlex.split(DATA_PROCESS_COMMAND)).cache_dir == folder
+    assert parse(shlex.split(TRAIN_COMMAND)).cache_dir == folder
+
+
+def test_defaults_are_the_references():
+    assert {name: getattr(config(), name) for name in REFERENCE_DEFAULTS} == REFERENCE_DEFAULTS
+
+
+@pytest.mark.parametrize("name", RunConfig.model_fields)
+def test_a_field_says_what_it_decides(name):
+    assert set(field_metadata(name)) == {"group", "affects", "supported"}
+    assert field_metadata(name)["affects"] in ("cache", "weights", "nothing")
+    assert field_metadata(name)["group"]
+    assert RunConfig.model_fields[name].description.endswith(".")
+
+
+def test_every_supported_field_has_another_value_below():
+    # Families are files; a second one gives ``family`` another value.
+    assert set(SUPPORTED) - set(OTHER_VALUES) == {"family"}
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_flag_and_yaml_give_the_same_value(name, run_file):
+    typed, value, _ = OTHER_VALUES[name]
+    given = {"dataset_base_path": "data", **PARTNER.get(name, {})}
+    by_flag = parse([word for key, text in (given | {name: typed}).items() for word in (f"--{key}", text)])
+    by_yaml = load_config(run_file(yaml.safe_dump(given | {name: value})), {})
+    by_text = load_config(run_file(yaml.safe_dump(given | {name: typed})), {})
+    assert by_flag == by_yaml == by_text
+    assert getattr(by_flag, name) == value
+    assert type(getattr(by_flag, name)) is type(value)
+
+
+def test_flags_yaml_and_schema_have_the_same_names_and_defaults():
+    properties = RunConfig.model_json_schema()["properties"]
+    parser = FlagParser(prog="test")
+    add_config_flags(parser)
+    flags = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    assert set(properties) == set(RunConfig.model_fields) == flags - {"config", "help", "-h"}
+    values = config().model_dump(mode="json")
+    for name, entry in properties.items():
+        assert entry["affects"] == field_metadata(name)["affects"]
+        assert entry["supported"] == field_metadata(name)["supported"]
+        if name != "dataset_base_path":
+            assert entry["default"] == values[name]
+
+
+@pytest.mark.parametrize(("name", "other"), [(name, OTHER_VALUES[name][0]) for name in OTHER_VALUES])
+def test_a_field_changes_only_the_key_that_it_decides(name, other):
+    after = config(**PARTNER.get(name, {}) | {name: other})
+    changed = [kind for kind in ("cache", "weights", "nothing") if config().keyed(kind) != after.keyed(kind)]
+    decides = OTHER_VALUES[name][2]
+    assert changed == ([decides] if decides else [])
+
+
+def test_every_field_is_in_one_key():
+    keys = [config().keyed(kind) for kind in ("cache", "weights", "nothing")]
+    assert sorted(name for key in keys for name in key) == sorted(RunConfig.model_fields)
+
+
+def test_both_stages_in_one_command_train_the_same_weights_as_two_commands():
+    assert config(task="sft:train").keyed("weights") == config(task="sft").keyed("weights")
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_unsupported_field_is_refused_unless_at_its_default(name):
+    default = RunConfig.model_fields[name].get_default()
+    other = {"cache_backend": "webdataset"}.get(name)
+    if other is None:
+        other = not default if isinstance(default, bool) else "3"
+    assert error_line(dataset_base_path="data", **{name: other}) == f"{name}: not supported yet, got {other!r}"
+    assert config(**{name: default}) == config()
+
+
+def test_full_training_is_refused_for_now():
+    assert error_line(dataset_base_path="data", trainable_models="dit").startswith(
+        "trainable_models: not supported yet"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dataset_repeat", "0"),
+        ("dataset_num_workers", "-1"),
+        ("learning_rate", "0"),
+        ("learning_rate", "nan"),
+        ("learning_rate", "inf"),
+        ("num_epochs", "1.5"),
+        ("num_epochs", True),
+        ("weight_decay", "-0.1"),
+        ("task", "direct_distill"),
+        ("task", "sft:"),
+        ("task", "sft:preview"),
+        ("output_path", 3),
+        ("save_steps", "0"),
+        ("lora_rank", "0"),
+        ("lora_rank", "many"),
+        ("lora_target_modules", ["to_q"]),
+        ("use_gradient_checkpointing", "maybe"),
+        ("gradient_accumulation_steps", 0),
+        ("max_pixels", 255),
+        ("family", "qwen-image"),
+        ("encode_dtype", "float16"),
+        ("cache_backend", "pth"),
+        ("cache_commit_seconds", -1),
+        ("batch_size", 0),
+        ("batch_size", None),
+        ("max_grad_norm", 0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("remove_prefix_in_ckpt", "dit."),
+        ("model_paths", "model.safetensors"),
+        ("model_paths", '["a",]'),
+        ("model_paths", "[1]"),
+        ("model_paths", {"dit": "a"}),
+    ],
+)
+def test_a_wrong_value_is_named(name, value, run_file):
+    line = error_line(dataset_base_path="data", **{name: value})
+    assert line.startswith(f"{name}: ")
+    path = run_file(yaml.safe_dump({"dataset_base_path": "data", name: value}))
+    assert error_line(path).startswith(f"{name} in {path}: ")
+
+
+def test_the_value_and_what_is_accepted_are_named():
+    assert error_line(dataset_base_path="data", lora_rank=0) == "lora_rank: must be greater than or equal to 1, got 0"
+    assert error_line(dataset_base_path="data", task="sfd").endswith("sft, sft:data_process, sft:train, got 'sfd'")
+
+
+def test_height_needs_width():
+    assert (
+        error_line(dataset_base_path="data", height=64)
+        == "height, width: set both or neither, got height=64, width=None"
+    )
+
+
+def test_all_wrong_parameters_are_named_at_once():
+    line = error_line(lora_rank=0, seed="x", lora_rnak=3)
+    for part in ("dataset_base_path: required", "lora_rank: ", "seed: ", "'lora_rnak'"):
+        assert part in line
+
+
+def test_an_unknown_key_gets_the_nearest_name(run_file):
+    path = run_file("dataset_base_path: data\nlora_rnak: 3\n")
+    assert error_line(path) == f"unknown parameter 'lora_rnak' in {path}; did you mean 'lora_rank'?"
+    assert error_line(dataset_base_path="data", xyzzy=1) == "unknown parameter 'xyzzy'"
+
+
+def test_flags_go_over_the_file(run_file):
+    path = run_file("dataset_base_path: data\nlora_rank: 4\nseed: 0x10\n")
+    loaded = parse([str(path), "--lora_rank", "8"])
+    assert (loaded.lora_rank, loaded.seed) == (8, 16)
+    assert parse(["--lora_rank", "8", "--config", str(path)]) == loaded
+    assert parse(["--lora_rank=8", str(path)]) == loaded
+    # A wrong value that a flag replaces is no error; a wrong flag is not blamed on the file.
+    assert load_config(run_file("dataset_base_path: data\nseed: x\n"), {"seed": 1}).seed == 1
+    assert error_line(path, lora_rank=0).startswith("lora_rank: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("dataset_base_path: data\nseed: [1\n", 3),
+        ("dataset_base_path: data\n\tseed: 1\n", 2),
+        ("seed: 1\nlora_rank: 2\nseed: 2\n", 3),
+        ("seed: !!python/object/apply:os.getcwd []\n", 1),
+        ("seed: 1\n---\nseed: 2\n", 2),
+    ],
+)
+def test_a_yaml_error_names_file_and_line(text, line, run_file):
+    path = run_file(text)
+    assert error_line(path).startswith(f"{path}:{line} is not YAML: ")
+
+
+@pytest.mark.parametrize("text", ["- seed\n", "seed\n", "3: 4\n", "seed: 2024-13-45\n", "seed: \x00\n"])
+def test_a_file_that_is_no_mapping_of_names_is_refused(text, run_file):
+    path = run_file(text)
+    assert str(path) in error_line(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert str(tmp_path / "absent.yaml") in error_line(tmp_path / "absent.yaml")
+    assert str(tmp_path) in error_line(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"dataset_base_path: caf\xe9\n")
+    assert "latin.yaml is not YAML" in error_line(tmp_path / "latin.yaml")
+
+
+def test_save_and_load(tmp_path):
+    full = load_config(None, {name: typed for name, (typed, _, _) in OTHER_VALUES.items()})
+    full.save(tmp_path / "new folder" / "run.yaml")
+    assert load_config(tmp_path / "new folder" / "run.yaml", {}) == full
+    config().save(tmp_path / "new folder" / "run.yaml")
+    assert load_config(tmp_path / "new folder" / "run.yaml", {}) == config()
+    assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["run.yaml"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=st.text(st.characters(blacklist_categories=["Cs"]), max_size=20), rate=st.floats(1e-12, 1.0))
+def test_any_text_and_number_survives_a_save(text, rate, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    saved = config(output_path=text, learning_rate=rate)
+    saved.save(path)
+    assert load_config(path, {}) == saved
+
+
+@pytest.mark.parametrize(
+    ("task", "cache_path", "folder"),
+    [
+        ("sft", None, "out/cache"),
+        ("sft:data_process", None, "out"),
+        ("sft:train", None, "data"),
+        ("sft", "c", "c"),
+        ("sft:data_process", "c", "c"),
+        ("sft:train", "c", "c"),
+    ],
+)
+def test_cache_dir(task, cache_path, folder):
+    assert config(task=task, output_path="out", cache_path=cache_path).cache_dir == Path(folder)
+
+
+def test_task_and_stage():
+    assert (config().task_name, config().stage) == ("sft", None)
+    assert (config(task="sft:train").task_name, config(task="sft:train").stage) == ("sft", "train")
+
+
+def test_comma_list():
+    assert comma_list("a, b,,c ") == ("a", "b", "c")
+    assert comma_list(None) == comma_list("") == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_rnak", "3"], "unknown argument '--lora_rnak'; did you mean '--lora_rank'?"),
+        (["run.yaml", "--lora_rnak=3"], "unknown argument '--lora_rnak'; did you mean '--lora_rank'?"),
+        (["run.yaml", "more.yaml"], "unknown argument 'more.yaml'"),
+        (["--lora_rank"], "argument --lora_rank: expected one argument"),
+        (["--lora", "3"], "unknown argument '--lora'; did you mean '--lora_rank'?"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flags, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(flags)
+    assert str(caught.value) == message
+
+
+def test_the_yaml_of_the_demo_loads():
+    demo = Path(__file__).parents[2] / "deploy" / "demo" / "run.yaml"
+    assert load_config(demo, {}).lora_base_model == "dit"
