@@ -131,14 +131,17 @@ def _data_process_lines(result: StageResult) -> list[str]:
 def _train_lines(result: StageResult) -> list[str]:
     summary = result.summary
     lora_path = (result.path / summary["lora_path"]).resolve()
+    pipeline = summary["pipeline_class"] or "DiffusionPipeline"
+    lines = [summary["engine"], f"{summary['num_steps']} steps"]
+    if summary["loss_before"] is not None:
+        lines.append(f"loss at fixed noise {summary['loss_before']:.4f} -> {summary['loss_after']:.4f}")
     return [
-        summary["engine"],
-        f"{summary['num_steps']} steps, validation loss {summary['loss_before']:.6f} -> {summary['loss_after']:.6f}",
+        *lines,
         f"LoRA {lora_path}",
         "load it in diffusers:",
-        f"  pipe = {summary['pipeline_class']}.from_pretrained({_quoted(summary['base_model'])})",
+        f"  pipe = {pipeline}.from_pretrained({_quoted(summary['base_model'])})",
         f"  pipe.load_lora_weights({_quoted(lora_path)})",
-        f"  image = pipe({_quoted(summary['example_prompt'])}).images[0]",
+        '  image = pipe("your prompt").images[0]',
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -27,7 +28,6 @@ from cache_store.durable import fsync_folder, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -174,7 +174,7 @@ class ZarrSegment(SegmentWriter):
             write_file(path, data)
             files[path.relative_to(self._folder).as_posix()] = (len(data), google_crc32c.value(data))
         for parent, _, _ in os.walk(self._folder, topdown=False):
-            fsync_folder(self._folder / parent)
+            fsync_folder(Path(parent))
         return SegmentFiles(arrays, files)
 
     def close(self) -> None:  # noqa: D102

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 def train(config: RunConfig) -> StageResult:
     """Train, and write ``run.json`` at the very end.
 
-    With ``sft:train`` the samples are the newest snapshot's, and only the denoiser's files are opened beside the cache's.
-    With ``sft`` they are encoded in this process, to the same bits, and the run has the same key. An unfinished earlier attempt in the run directory is
-    started over: its metrics are moved aside, its checkpoints replaced by the same bytes.
+    With ``sft:train`` the samples are the newest snapshot's, and of the models only the denoiser's files are opened.
+    With ``sft`` they are encoded in this process, to the same bits, and the run has the same key. An unfinished earlier
+    attempt in the run directory is started over: its metrics are moved aside, its checkpoints get the same bytes again.
 
     Raises:
         CacheNotFound: There is no sealed snapshot.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from diffsynth_pipe.training.flow_match import add_noise, bell_weights, sigma_grid
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -28,6 +26,8 @@ class SupervisedFineTuning:
 
         x_σ = (1-σ)·latents + σ·noise is computed in fp32 and handed to the model in the dtype of the batch.
         """
+        from diffsynth_pipe.training.flow_match import add_noise
+
         latents = batch.fields[family.latents_field]
         sigmas, weights = _grid(family.schedule)
         index = draws.timestep_index(len(sigmas))
@@ -41,6 +41,8 @@ class SupervisedFineTuning:
 
 @cache
 def _grid(schedule: FlowMatchSchedule) -> tuple[Tensor, Tensor]:
+    from diffsynth_pipe.training.flow_match import bell_weights, sigma_grid
+
     sigmas = sigma_grid(schedule)
     return sigmas, bell_weights(sigmas)
 

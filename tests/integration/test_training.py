@@ -1,0 +1,308 @@
+"""Stage 2 on the tiny denoiser, against a training loop of its own and against diffusers' own LoRA loading."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cache_store.reader import BatchReader
+from cache_store.store import Cache, SealedSample
+from diffsynth_pipe.config import load_config
+from diffsynth_pipe.contracts import load_family, load_task
+from diffsynth_pipe.errors import LaunchError
+from diffsynth_pipe.stages.data_process import data_process
+from diffsynth_pipe.stages.train import train
+from diffsynth_pipe.train import main
+from diffsynth_pipe.training.randomness import SampleDraws
+from diffsynth_pipe.training.sampler import BucketSampler
+from diffsynth_pipe.training.sources import CachedSource
+from diffsynth_pipe.training.validation import validation_loss
+
+ZERO3 = Path(__file__).parents[2] / "deploy" / "accelerate" / "zero3_cpu_offload.yaml"
+SAMPLES = {"64x64": ((8, 8), (5, 9, 3, 12)), "64x32": ((8, 4), (7, 4))}
+FAMILY = load_family("qwen_image")
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate(monkeypatch):
+    """Forget the process-wide state that accelerate keeps, as a new process would."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    """A sealed cache of random fields, two shapes and prompts of six lengths."""
+    root = tmp_path_factory.mktemp("cache")
+    rng = np.random.default_rng(0)
+    specs = {unit.name: unit.outputs for unit in FAMILY.units}
+    cache, samples = Cache.open_or_new(root), []
+    with cache.writer() as writer:
+        for bucket, (size, lengths) in SAMPLES.items():
+            for length in lengths:
+                key = f"{len(samples):032x}"
+                writer.add("latents", key, {"latents": random_bf16(rng, (16, 1, *size))}, specs["latents"])
+                writer.add("text", key, {"prompt_emb": random_bf16(rng, (length, 64))}, specs["text"])
+                keys = {"latents": key, "text": key}
+                samples.append(SealedSample(sample_id=key, bucket=bucket, source=f"row {len(samples)}", keys=keys))
+    cache.seal(samples, {"family": "qwen_image"})
+    return root
+
+
+def random_bf16(rng, shape):
+    return torch.from_numpy(rng.standard_normal(shape)).to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+@pytest.fixture(scope="module")
+def dit_only(tiny_repo, tmp_path_factory):
+    """A repository with the denoiser and nothing else, so that training cannot open another model."""
+    repository = tmp_path_factory.mktemp("dit-only")
+    shutil.copytree(tiny_repo / "transformer", repository / "transformer")
+    return repository
+
+
+@pytest.fixture
+def parameters(cache_dir, dit_only, tmp_path):
+    return {
+        "task": "sft:train",
+        "dataset_base_path": str(cache_dir),
+        "model_paths": json.dumps([str(dit_only / "transformer" / "diffusion_pytorch_model.safetensors")]),
+        "lora_base_model": "dit",
+        "lora_target_modules": ",".join(TARGETS),
+        "lora_rank": 4,
+        "learning_rate": 1e-2,
+        "batch_size": 2,
+        "dataset_repeat": 3,
+        "num_validation_samples": 3,
+        "output_path": str(tmp_path / "output"),
+    }
+
+
+def flags(parameters):
+    return [argument for name, value in parameters.items() for argument in (f"--{name}", str(value))]
+
+
+def metrics(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "validation_loss" in line]
+
+
+def only_run_dir(parameters):
+    (run_dir,) = Path(parameters["output_path"]).glob("train-*")
+    return run_dir
+
+
+def train_by_hand(cache_dir, repository, parameters):
+    """Train in the plainest way that torch, diffusers and peft allow; return losses and norms of the gradients."""
+    from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+    from peft import LoraConfig
+
+    u = 1 - np.arange(1000) / 1000
+    sigmas = np.exp(0.8) / (np.exp(0.8) + 1 / u - 1)
+    sigmas = 1 - (1 - sigmas) * 0.98 / (1 - sigmas[-1])
+    weights = np.exp(-2 * (sigmas - 0.5) ** 2)
+    weights = (weights - weights.min()) / (weights - weights.min()).sum() * 1000
+
+    model = QwenImageTransformer2DModel.from_pretrained(repository / "transformer").requires_grad_(False)
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=TARGETS))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=parameters["learning_rate"], weight_decay=0.01)
+
+    snapshot = Cache.open(cache_dir).latest()
+    reader = BatchReader(snapshot, ["latents", "prompt_emb"])
+    sampler = BucketSampler({name: len(members) for name, members in snapshot.bucket_members.items()}, 2, 0)
+    losses, norms = [], []
+    for step in range(9):
+        plan = sampler.plan(step)
+        total = 0.0
+        for index, visit in zip(plan.indices, plan.visits, strict=True):
+            raw = reader.read([snapshot.bucket_members[plan.bucket][index]])
+            latents, text = (
+                torch.from_numpy(raw.fields[f]).view(torch.bfloat16).float() for f in ("latents", "prompt_emb")
+            )
+            draws = SampleDraws(0, raw.sample_ids, [visit])
+            noise, place = draws.noise(latents), int(draws.timestep_index(1000))
+            noisy = ((1 - sigmas[place]) * latents + sigmas[place] * noise).float()
+            _, channels, _, height, width = latents.shape
+            pack = lambda x: QwenImagePipeline._pack_latents(x, 1, channels, height, width)  # noqa: B023, E731
+            velocity = model(
+                hidden_states=pack(noisy),
+                encoder_hidden_states=text,
+                timestep=torch.tensor([sigmas[place]], dtype=torch.float32),
+                img_shapes=[[(1, height // 2, width // 2)]],
+                return_dict=False,
+            )[0]
+            loss = torch.nn.functional.mse_loss(velocity, pack(noise - latents)) * weights[place] / 2
+            loss.backward()
+            total += float(loss)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trainable, 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, norms
+
+
+@pytest.fixture(scope="module")
+def by_hand(cache_dir, dit_only):
+    return train_by_hand(cache_dir, dit_only, {"learning_rate": 1e-2})
+
+
+def assert_follows(lines, by_hand):
+    losses, norms = by_hand
+    np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-5)
+    np.testing.assert_allclose([line["grad_norm"] for line in lines], norms, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"batch_size": 1, "gradient_accumulation_steps": 2}, {"use_gradient_checkpointing": True}],
+    ids=["batch", "accumulation", "checkpointing"],
+)
+def test_losses_are_those_of_a_plain_torch_loop(parameters, by_hand, changed):
+    result = train(load_config(None, parameters | changed))
+    lines, _ = metrics(result.path)
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert [line["epoch"] for line in lines] == [0] * 9
+    assert_follows(lines, by_hand)
+    assert result.summary["engine"] == "engine plain torch, world size 1, compute float32"
+
+
+def test_diffusers_loads_the_lora_and_gives_the_loss_that_training_ended_with(parameters, cache_dir, tiny_repo):
+    from diffusers import QwenImagePipeline
+
+    result = train(load_config(None, parameters))
+    run = json.loads((result.path / "run.json").read_text())
+    _, validations = metrics(result.path)
+    assert [line["validation_loss"] for line in validations] == [run["loss_before"], run["loss_after"]]
+    assert run["loss_after"] < run["loss_before"]
+
+    pipe = QwenImagePipeline.from_pretrained(tiny_repo, vae=None, text_encoder=None, dtype=torch.float32)
+    source = CachedSource(Cache.open(cache_dir).latest(), ["latents", "prompt_emb"])
+
+    def loss():
+        models = {"dit": pipe.transformer}
+        return validation_loss(FAMILY, load_task("sft"), models, source, 3, torch.device("cpu"), torch.float32)
+
+    assert loss() == pytest.approx(run["loss_before"], rel=1e-7)
+    pipe.load_lora_weights(result.path / run["lora_path"])
+    assert loss() == pytest.approx(run["loss_after"], rel=1e-7)
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 4
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_zero3_follows_the_plain_torch_loop(parameters, by_hand, tmp_path, world_size):
+    """Two ranks with one sample each are one rank with two."""
+    parameters |= {"batch_size": 2 // world_size}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ZERO3]
+    command += ["--num_processes", world_size, "--main_process_port", port, "-m", "diffsynth_pipe.train"]
+    done = subprocess.run(
+        list(map(str, [*command, *flags(parameters)])), cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    engine = f"engine DeepSpeedEngine, ZeRO stage 3, offload optimizer=cpu param=cpu, world size {world_size}, compute float32"
+    assert [line for line in done.stdout.splitlines() if line.startswith("engine")] == [engine]
+    run_dir = only_run_dir(parameters)
+    run = json.loads((run_dir / "run.json").read_text())
+    lines, _ = metrics(run_dir)
+    assert_follows(lines, by_hand)
+    assert (run["engine"], run["world_size"], run["num_steps"]) == (engine, world_size, 9)
+
+    parameters |= {"batch_size": 2, "output_path": str(tmp_path / "plain")}
+    plain = train(load_config(None, parameters)).summary
+    assert run["loss_after"] == pytest.approx(plain["loss_after"], rel=1e-5)
+    assert abs(run["loss_after"] - run["loss_before"]) > 1e-3 * run["loss_before"]
+
+
+def test_an_unfinished_attempt_is_started_over_and_gives_the_same_bytes(parameters):
+    config = load_config(None, parameters | {"save_steps": 4})
+    first = train(config)
+    names = ["step-000004.safetensors", "step-000008.safetensors", "step-000009.safetensors"]
+    assert [path.name for path in sorted(first.path.glob("step-*"))] == names
+    old_bytes = [(first.path / name).read_bytes() for name in names]
+    old_metrics = (first.path / "metrics.jsonl").read_text()
+    (first.path / "run.json").unlink()
+    (first.path / names[1]).write_bytes(b"half a file")
+
+    second = train(config)
+    assert second.path == first.path
+    assert second.summary["lora_digest"] == first.summary["lora_digest"]
+    assert [(first.path / name).read_bytes() for name in names] == old_bytes
+    assert (first.path / "metrics.1.jsonl").read_text() == old_metrics
+    assert load_config(first.path / "config.yaml", {}) == config
+
+
+def test_lora_file_says_what_it_was_made_from(parameters, cache_dir):
+    from safetensors import safe_open
+
+    result = train(load_config(None, parameters | {"seed": 3}))
+    with safe_open(result.path / result.summary["lora_path"], framework="pt") as file:
+        lineage = json.loads(file.metadata()["diffsynth_pipe"])
+    assert lineage["samples_digest"] == Cache.open(cache_dir).latest().digest
+    assert (lineage["step"], lineage["seed"], lineage["lora_rank"], lineage["lora_alpha"]) == (9, 3, 4, 4)
+
+
+def test_live_encoding_trains_the_same_weights_as_the_cache(run_config):
+    config = run_config(max_pixels=1024, num_validation_samples=1)
+    data_process(config)
+    cached = train(config.model_copy(update={"task": "sft:train"}))
+    live = train(config.model_copy(update={"output_path": f"{config.output_path}-live"}))
+    assert live.key == cached.key
+    assert live.summary["lora_digest"] == cached.summary["lora_digest"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(parameters):
+    with pytest.raises(
+        LaunchError, match=r"^step \d: (the loss is NaN or Inf for sample [0-9a-f]{32}|the norm)"
+    ) as error:
+        train(load_config(None, parameters | {"learning_rate": 1e30}))
+    assert "\n" not in str(error.value)
+    assert not (only_run_dir(parameters) / "run.json").exists()
+    assert not list(only_run_dir(parameters).glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"lora_target_modules": "to_q,to_z"},
+            "lora_target_modules: 'to_z' matches no module of QwenImageTransformer2D",
+        ),
+        ({"dataset_base_path": "/no/such/cache"}, "/no/such/cache"),
+        ({"lora_base_model": "vae"}, "lora_base_model: only 'dit'"),
+    ],
+    ids=["target", "cache", "model"],
+)
+def test_user_errors_are_one_line_and_exit_code_2(parameters, changed, message, capfd):
+    assert main(flags(parameters | changed)) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+
+
+def test_deepspeed_settings_that_contradict_the_run_are_refused(parameters, monkeypatch, tmp_path, capfd):
+    path = tmp_path / "zero3.json"
+    path.write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 3}}))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", os.fspath(path))
+    assert main(flags(parameters)) == 2
+    assert (
+        f'error: {path}: gradient_clipping is 0.5, but this run\'s is 1.0; write "auto" there' in capfd.readouterr().err
+    )

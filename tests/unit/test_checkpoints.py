@@ -1,0 +1,61 @@
+"""LoRA files: what is in them, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from blake3 import blake3
+from safetensors import safe_open
+from torch import nn
+
+from diffsynth_pipe.errors import LaunchError
+from diffsynth_pipe.training.checkpoints import gather, write_lora
+
+TENSORS = {
+    "transformer.b.lora_A.weight": torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
+    "transformer.a.lora_B.weight": torch.zeros(3, 4, dtype=torch.bfloat16),
+    "transformer.c.lora_B.weight": torch.tensor([-0.0, 1.0]),
+}
+ADAPTER = {"transformer.r": 4}
+LINEAGE = {"step": 60, "seed": 1}
+
+
+def test_file_holds_the_tensors_and_where_they_come_from(tmp_path):
+    path = tmp_path / "step-000060.safetensors"
+    digest = write_lora(path, TENSORS, ADAPTER, LINEAGE)
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == set(TENSORS)
+        for name, tensor in TENSORS.items():
+            stored = file.get_tensor(name)
+            assert stored.dtype == tensor.dtype
+            assert torch.equal(stored, tensor)
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert json.loads(metadata["lora_adapter_metadata"]) == ADAPTER
+    assert json.loads(metadata["diffsynth_pipe"]) == LINEAGE
+    assert digest == blake3(path.read_bytes()).hexdigest()[:32]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_same_weights_give_the_same_bytes_and_replace_an_older_file(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(b"an older file")
+    reversed_tensors = dict(reversed(TENSORS.items()))
+    digests = {write_lora(path, tensors, ADAPTER, LINEAGE) for tensors in (TENSORS, reversed_tensors) * 4}
+    assert len(digests) == 1
+
+
+def test_gather_copies(tmp_path):
+    parameter = nn.Parameter(torch.ones(2))
+    tensors = gather({"w": parameter})
+    with torch.no_grad():
+        parameter.zero_()
+    assert tensors["w"].tolist() == [1, 1]
+    assert not tensors["w"].requires_grad
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(bad):
+    parameters = {"good": nn.Parameter(torch.ones(2)), "bad": nn.Parameter(torch.tensor([1.0, bad]))}
+    with pytest.raises(LaunchError, match=r"^bad is NaN or Inf after training"):
+        gather(parameters)
