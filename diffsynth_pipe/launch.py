@@ -37,6 +37,7 @@ _POLL_S = 0.2
 _NUM_KEPT_LINES = 200
 _NUM_NOTE_LINES = 40
 
+_REFUSAL = "error: "
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
 _LAUNCHER_EXCEPTION = re.compile(r"\b(?:ChildFailedError|CalledProcessError|SignalException)\b")
@@ -178,10 +179,16 @@ def run_supervised(
         lines = _Follow(written)
         kept: deque[str] = deque(maxlen=_NUM_KEPT_LINES)
 
+        held: list[str] = []
+
         def pass_on(*, final: bool = False) -> None:
             for line in lines.read(time.monotonic(), final=final):
                 kept.append(line)
-                on_line(line)
+                # After a refusal comes the launcher's report of it, which says no more.
+                if held or line.startswith(_REFUSAL):
+                    held.append(line)
+                else:
+                    on_line(line)
 
         guard = subprocess.Popen(
             [
@@ -213,8 +220,12 @@ def run_supervised(
                     print_line(
                         f"still stopping after {grace_s:g} s; process {guard.pid} sees to it and frees {run_dir}"
                     )
-        if guard.returncode:
-            raise _failure(guard.returncode, list(kept), log_path)
+        failure = _failure(guard.returncode, list(kept), log_path) if guard.returncode else None
+        if failure is None or isinstance(failure, LaunchError):
+            for line in held:
+                on_line(line)
+        if failure is not None:
+            raise failure
 
 
 @contextlib.contextmanager
@@ -263,10 +274,10 @@ def _visible(line: bytes) -> str:
 
 
 def _failure(exit_code: int, lines: Sequence[str], log_path: Path) -> PipeError:
-    refusals = [line for line in lines if line.startswith("error: ")]
+    refusals = [line for line in lines if line.startswith(_REFUSAL)]
     # A launcher ends with 1 whatever its ranks ended with, and says so in its report.
     if refusals and (exit_code == 2 or any(map(_CHILD_EXITED_WITH_2.search, lines))):
-        return PipeError(refusals[-1].removeprefix("error: "))
+        return PipeError(refusals[-1].removeprefix(_REFUSAL))
     ended = f"exit code {exit_code}"
     if exit_code < 0 or exit_code > 128:
         with contextlib.suppress(ValueError):

@@ -36,14 +36,16 @@ def assert_same(one, other):
 
 
 def test_cached_fields_are_those_of_the_diffusers_pipeline(run_config, tiny_repo, photos):
-    from diffusers import QwenImagePipeline
+    from diffusers import QwenImageEditPipeline, QwenImagePipeline
 
     config = run_config()
     result = data_process(config)
     assert result.state == "Completed"
     assert result.summary["encoded"] == {"text": 5, "latents": 6}
 
+    # The text-to-image pipeline only decodes; the edit pipeline shows how latents are normalised.
     pipe = QwenImagePipeline.from_pretrained(tiny_repo, transformer=None, dtype=torch.float32)
+    pipe.latent_channels = pipe.vae.config.z_dim
     snapshot = Cache.open(config.cache_dir).latest()
     reader = BatchReader(snapshot, ["latents", "prompt_emb"])
     rows = [line.split(",", 1) for line in (photos / "metadata.csv").read_text("utf-8").splitlines()[1:]]
@@ -56,7 +58,7 @@ def test_cached_fields_are_those_of_the_diffusers_pipeline(run_config, tiny_repo
 
         height, width = (8 * size for size in batch.fields["latents"].shape[-2:])
         pixels = fit(Image.open(photos / name).convert("RGB"), height, width)
-        latents = pipe._encode_vae_image(pipe.image_processor.preprocess(pixels)[:, :, None], None)
+        latents = QwenImageEditPipeline._encode_vae_image(pipe, pipe.image_processor.preprocess(pixels)[:, :, None], None)
         expected = latents[0].to(torch.bfloat16).view(torch.uint16).numpy()
         np.testing.assert_array_equal(batch.fields["latents"][0], expected)
 

@@ -109,7 +109,7 @@ def test_pixels_match_a_triangle_filter_and_a_centre_crop(tmp_path, size, height
     expected = resized[offset[0] : offset[0] + height, offset[1] : offset[1] + width]
     assert (got.mode, got.size) == ("RGB", (width, height))
     # PIL rounds to bytes after each of its two passes.
-    assert np.abs(np.asarray(got) - expected).max() <= 1.0
+    assert np.abs(np.asarray(got) - expected).max() < 1.001
 
 
 def stored_as(upright, orientation):
@@ -128,7 +128,7 @@ def stored_as(upright, orientation):
     return Image.fromarray(np.ascontiguousarray(stored))
 
 
-@pytest.mark.parametrize("suffix", ["png", "tiff", "webp"])
+@pytest.mark.parametrize("suffix", ["png", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation, suffix):
     upright = photo(48, 32)
@@ -144,6 +144,18 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     assert read_size_px(path, apply_exif=False) == stored.size
     width, height = stored.size
     assert load_image(path, height, width, apply_exif=False).tobytes() == stored.tobytes()
+
+
+@pytest.mark.parametrize("apply_exif", [True, False])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_always_upright(tmp_path, orientation, apply_exif):
+    """PIL itself applies the orientation of this format, so the reference sees it upright too."""
+    upright = photo(48, 32)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.tiff", stored_as(upright, orientation), exif=exif)
+    assert read_size_px(path, apply_exif) == (48, 32)
+    assert load_image(path, 32, 48, apply_exif).tobytes() == upright.tobytes()
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])

@@ -37,7 +37,9 @@ def test_any_text_survives(tmp_path, values):
         for row in values
     ]
     write_csv(tmp_path / "m.csv", values)
-    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in values), encoding="utf-8")
+    (tmp_path / "m.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in values), encoding="utf-8"
+    )
     assert [row.values for row in read_metadata(tmp_path / "m.csv")] == values
     assert [row.values for row in read_metadata(tmp_path / "m.jsonl")] == values
 

@@ -1,0 +1,231 @@
+import builtins
+import io
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from diffsynth_pipe.config import RunConfig
+from diffsynth_pipe.contracts import ComponentSpec
+from diffsynth_pipe.errors import ConfigError, ModelError, ModelFileMissing
+from diffsynth_pipe.hub import resolve_components
+
+FAMILY = SimpleNamespace(
+    components={
+        "text_encoder": ComponentSpec(
+            subfolder="text_encoder", class_name="TextModel", load=print, companions=("tokenizer",)
+        ),
+        "vae": ComponentSpec(subfolder="vae", class_name="Autoencoder", load=print),
+        "dit": ComponentSpec(subfolder="transformer", class_name="Denoiser", load=print),
+    }
+)
+BY_ID = (
+    "org/model:transformer/diffusion_pytorch_model*.safetensors,org/model:text_encoder/model*.safetensors,"
+    "org/model:vae/diffusion_pytorch_model.safetensors"
+)
+SHARDS = [f"diffusion_pytorch_model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+
+
+def write(path, content=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    """A repository of files without weights in them: they are found, never opened."""
+    repo = tmp_path / "models" / "org" / "model"
+    write(repo / "text_encoder/config.json", {"architectures": ["TextModel"]})
+    write(repo / "text_encoder/model.safetensors")
+    write(repo / "tokenizer/vocab.json")
+    write(repo / "vae/config.json", {"_class_name": "Autoencoder"})
+    write(repo / "vae/diffusion_pytorch_model.safetensors")
+    write(repo / "transformer/config.json", {"_class_name": "Denoiser"})
+    for shard in SHARDS:
+        write(repo / "transformer" / shard)
+    index = {"weight_map": {f"layer.{i}": shard for i, shard in enumerate(SHARDS * 2)}}
+    write(repo / "transformer/diffusion_pytorch_model.safetensors.index.json", index)
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "True")
+    monkeypatch.chdir(tmp_path)
+    return repo
+
+
+def resolve(*names, **parameters):
+    return resolve_components(RunConfig(dataset_base_path=".", **parameters), FAMILY, names)
+
+
+def test_by_id(repo):
+    found = resolve("dit", "vae", "text_encoder", model_id_with_origin_paths=BY_ID)
+    assert list(found) == ["dit", "vae", "text_encoder"]
+    assert found["dit"].folder == repo / "transformer"
+    assert found["dit"].weights == tuple(repo / "transformer" / shard for shard in SHARDS)
+    assert found["dit"].companions == {}
+    assert found["vae"].weights == (repo / "vae/diffusion_pytorch_model.safetensors",)
+    assert found["text_encoder"].companions == {"tokenizer": repo / "tokenizer"}
+
+
+def test_by_path_gives_the_same_files(repo):
+    paths = [
+        [f"models/org/model/transformer/{shard}" for shard in reversed(SHARDS)],
+        "models/org/model/text_encoder/model.safetensors",
+        "models/org/model/vae/diffusion_pytorch_model.safetensors",
+    ]
+    by_path = resolve(*FAMILY.components, model_paths=json.dumps(paths))
+    assert by_path == resolve(*FAMILY.components, model_id_with_origin_paths=BY_ID)
+
+
+def test_both_ways_can_be_mixed_and_an_existing_path_wins(repo):
+    path = "models/org/model/vae/diffusion_pytorch_model.safetensors"
+    found = resolve("dit", "vae", model_paths=[path], model_id_with_origin_paths=BY_ID.partition(",")[0])
+    assert set(found) == {"dit", "vae"}
+    odd = repo.parent / "a:b" / "vae"
+    odd.parent.mkdir()
+    (repo / "vae").rename(odd)
+    file = odd / "diffusion_pytorch_model.safetensors"
+    assert resolve("vae", model_id_with_origin_paths=str(file))["vae"].weights == (file,)
+
+
+def test_the_default_place_is_models(repo, monkeypatch):
+    monkeypatch.delenv("DIFFSYNTH_MODEL_BASE_PATH")
+    assert resolve("vae", model_id_with_origin_paths=BY_ID)["vae"].folder == repo / "vae"
+
+
+def test_nothing_of_other_components_is_looked_at(repo, monkeypatch):
+    (repo / "vae").rename(repo / "gone")
+    seen = []
+
+    def watched(function):
+        def call(path, *args, **kwargs):
+            seen.append(os.fspath(path) if not isinstance(path, int) else "")
+            return function(path, *args, **kwargs)
+
+        return call
+
+    for module, name in (
+        (os, "stat"),
+        (os, "scandir"),
+        (os, "listdir"),
+        (os, "lstat"),
+        (io, "open"),
+        (builtins, "open"),
+    ):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    paths = [str(repo / "vae/diffusion_pytorch_model.safetensors")]
+    resolve("dit", model_id_with_origin_paths=BY_ID.rpartition(",")[0], model_paths=paths)
+    monkeypatch.undo()
+    assert any("transformer" in path for path in seen), "the watch saw nothing"
+    assert not [path for path in seen if any(name in path for name in ("vae", "text_encoder", "tokenizer"))]
+
+
+def test_a_folder_of_another_name_is_known_by_its_config(repo):
+    (repo / "transformer").rename(repo / "my-denoiser")
+    text = "org/model:my-denoiser/diffusion_pytorch_model*.safetensors"
+    assert resolve("dit", model_id_with_origin_paths=text)["dit"].folder == repo / "my-denoiser"
+    with pytest.raises(ModelFileMissing, match=r"names the vae \(Autoencoder\).*my-denoiser.* is a 'Denoiser'"):
+        resolve("vae", model_id_with_origin_paths=text)
+
+
+def test_tokenizer_path_overrides_the_sibling(repo, tmp_path):
+    (repo / "tokenizer").rename(tmp_path / "words")
+    with pytest.raises(ModelFileMissing, match="tokenizer does not exist"):
+        resolve("text_encoder", model_id_with_origin_paths=BY_ID)
+    found = resolve("text_encoder", model_id_with_origin_paths=BY_ID, tokenizer_path="words")
+    assert found["text_encoder"].companions == {"tokenizer": tmp_path / "words"}
+    with pytest.raises(ModelFileMissing, match="nowhere does not exist"):
+        resolve("text_encoder", model_id_with_origin_paths=BY_ID, tokenizer_path="nowhere")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer/config.json",
+        f"transformer/{SHARDS[1]}",
+        "transformer/diffusion_pytorch_model.safetensors.index.json",
+    ],
+)
+def test_an_incomplete_download_is_noticed(repo, name):
+    (repo / name).unlink()
+    with pytest.raises(ModelFileMissing, match="unset DIFFSYNTH_SKIP_DOWNLOAD to download it") as caught:
+        resolve("dit", model_id_with_origin_paths=BY_ID)
+    assert name.rpartition("/")[2] in str(caught.value) or "*.safetensors.index.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_that_matches_nothing(repo):
+    with pytest.raises(ModelFileMissing, match=r"no .safetensors file matches 'model\*.safetensors' in .*/vae"):
+        resolve("vae", model_id_with_origin_paths="org/model:vae/model*.safetensors")
+
+
+def test_a_component_that_is_named_nowhere(repo):
+    message = (
+        r"no model entry names the vae \(Autoencoder\): add 'MODEL_ID:vae/\*.safetensors' to model_id_with_origin_paths"
+    )
+    with pytest.raises(ModelFileMissing, match=message):
+        resolve("dit", "vae", model_id_with_origin_paths=BY_ID.rpartition(",")[0])
+    with pytest.raises(ModelFileMissing, match="no model entry names the dit"):
+        resolve("dit")
+
+
+def test_a_component_that_is_named_twice(repo):
+    with pytest.raises(ModelError, match=r"2 model entries name the dit: .* keep one"):
+        resolve("dit", model_paths=[str(repo / "transformer" / SHARDS[0])], model_id_with_origin_paths=BY_ID)
+
+
+def test_the_wrong_class(repo):
+    write(repo / "vae/config.json", {"_class_name": "OtherAutoencoder"})
+    with pytest.raises(ModelError, match="vae: holds a 'OtherAutoencoder', expected a 'Autoencoder'"):
+        resolve("vae", model_id_with_origin_paths=BY_ID)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "holds a list"), ("{}", "holds a ''")])
+def test_a_broken_config(repo, content, message):
+    write(repo / "vae/config.json", content)
+    with pytest.raises(ModelError, match=message):
+        resolve("vae", model_id_with_origin_paths=BY_ID)
+
+
+def test_weights_that_loading_would_not_read(repo):
+    (repo / "vae/diffusion_pytorch_model.safetensors").rename(repo / "vae/mine.safetensors")
+    with pytest.raises(ModelError, match=r"'mine.safetensors' would not be read"):
+        resolve("vae", model_paths=[str(repo / "vae/mine.safetensors")])
+    some = [str(repo / "transformer" / shard) for shard in SHARDS[:2]]
+    with pytest.raises(ModelError, match=r"names 2 files, but the index of .* lists 3 shards"):
+        resolve("dit", model_paths=[some])
+
+
+def test_a_listed_file_that_is_not_there(repo):
+    with pytest.raises(ModelFileMissing, match=r"vae/no.safetensors does not exist; correct the path"):
+        resolve("vae", model_paths=["models/org/model/vae/no.safetensors"])
+
+
+def test_files_of_several_folders_in_one_list(repo):
+    files = [str(repo / "vae/diffusion_pytorch_model.safetensors"), str(repo / "text_encoder/model.safetensors")]
+    with pytest.raises(ModelError, match="spans several folders"):
+        resolve("vae", model_paths=[files])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "vae/nowhere.safetensors",
+        "org/model:",
+        ":vae/x.safetensors",
+        "org/model:*/vae/x",
+        "org/model:../vae/x",
+        "org/model:/vae/x",
+    ],
+)
+def test_a_malformed_entry(repo, text):
+    with pytest.raises(ConfigError, match="is neither an existing file nor 'MODEL_ID:FOLDER/PATTERN'"):
+        resolve("vae", model_id_with_origin_paths=text)
+
+
+def test_an_unknown_download_source(repo, monkeypatch):
+    monkeypatch.delenv("DIFFSYNTH_SKIP_DOWNLOAD")
+    monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "floppy")
+    with pytest.raises(ConfigError, match="DIFFSYNTH_DOWNLOAD_SOURCE: 'floppy' is not one of modelscope, huggingface"):
+        resolve("dit", model_id_with_origin_paths="org/other:transformer/*.safetensors")
+    assert not Path("models/org/other").exists()
