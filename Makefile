@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-demo: $(INSTALLED)  ## Cache 20 photos and train a LoRA of a tiny Qwen-Image, on CPU
+demo: $(INSTALLED)  ## Cache 18 photos and train a LoRA of a tiny Qwen-Image, on CPU
 	@$(BIN)/diffsynth-pipe tiny-model $(DEMO_MODELS)/tiny/Qwen-Image --family qwen_image
 	@DIFFSYNTH_MODEL_BASE_PATH=$(DEMO_MODELS) DIFFSYNTH_SKIP_DOWNLOAD=True $(BIN)/diffsynth-pipe run deploy/demo/run.yaml
 

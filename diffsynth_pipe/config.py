@@ -221,8 +221,8 @@ class RunConfig(BaseModel):
     apply_exif_orientation: bool = _setting(
         "this project", "cache", True, "Turn photos upright by EXIF. The reference does not: false gives its bytes."
     )
-    encode_dtype: Literal["auto", "float32", "bfloat16"] = _setting(
-        "this project", "cache", "auto", "Compute dtype of the encoders. auto: bfloat16 on CUDA, float32 on the CPU."
+    encode_dtype: Literal["bfloat16", "float32"] = _setting(
+        "this project", "cache", "bfloat16", "Compute dtype of the encoders. On a CPU take float32: bfloat16 crawls."
     )
     cache_path: str | None = _setting(
         "this project",

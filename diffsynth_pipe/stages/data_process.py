@@ -68,10 +68,12 @@ def data_process(config: RunConfig, *, force: bool = False) -> StageResult:
 
 def _encode(config: RunConfig, encoding: EncodePlan, cache: Cache, force: bool) -> dict[str, int]:
     """Encode this process's share of the missing records, or of all; return how many per unit."""
-    from diffsynth_pipe.stages.encode import encode_device, encode_dtype
+    import torch
+
+    from diffsynth_pipe.stages.encode import encode_device
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = encode_device()
+    device, dtype = encode_device(), getattr(torch, config.encode_dtype)
     wanted = encoding.records() if force else encoding.missing(cache)
     encoded: dict[str, int] = {}
     with cache.writer(commit_seconds=config.cache_commit_seconds) as writer:
@@ -86,9 +88,7 @@ def _encode(config: RunConfig, encoding: EncodePlan, cache: Cache, force: bool) 
             components: dict[str, Any] = {}
             if unit.component:
                 load = encoding.family.components[unit.component].load
-                components[unit.component] = load(
-                    encoding.files[unit.component], encode_dtype(config.encode_dtype, device), device
-                )
+                components[unit.component] = load(encoding.files[unit.component], dtype, device)
             _encode_unit(unit, components, share, writer, config.dataset_num_workers)
             encoded[unit.name] = len(share)
     return encoded

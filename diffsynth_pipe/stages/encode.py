@@ -30,15 +30,6 @@ def encode_device() -> torch.device:
     return torch.device("cpu")
 
 
-def encode_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype in which the encoders compute; ``auto`` is bf16 on CUDA and fp32 on CPU, where bf16 crawls."""
-    import torch
-
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-
-
 def encode(unit: EncodeUnit, components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Run one unit on one sample.
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from diffsynth_pipe.stages.encode import (
     encode,
     encode_device,
-    encode_dtype,
     load_inputs,
     map_ahead,
     num_decode_threads,
@@ -33,8 +32,9 @@ class LiveSource:
     """
 
     def __init__(self, config: RunConfig, encoding: EncodePlan) -> None:
-        device = encode_device()
-        dtype = encode_dtype(config.encode_dtype, device)
+        import torch
+
+        device, dtype = encode_device(), getattr(torch, config.encode_dtype)
         self._units = encoding.cut.cached
         self._components: dict[str, Any] = {
             name: encoding.family.components[name].load(files, dtype, device) for name, files in encoding.files.items()

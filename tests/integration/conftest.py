@@ -69,6 +69,7 @@ def run_parameters(photos, tiny_repo, model_ids, tmp_path, monkeypatch):
         "dataset_base_path": str(photos),
         "dataset_metadata_path": str(photos / "metadata.csv"),
         "max_pixels": 4096,
+        "encode_dtype": "float32",
         "model_id_with_origin_paths": model_ids("dit", "text_encoder", "vae"),
         "output_path": str(tmp_path / "output"),
         "cache_path": str(tmp_path / "cache"),

@@ -58,7 +58,9 @@ def test_cached_fields_are_those_of_the_diffusers_pipeline(run_config, tiny_repo
 
         height, width = (8 * size for size in batch.fields["latents"].shape[-2:])
         pixels = fit(Image.open(photos / name).convert("RGB"), height, width)
-        latents = QwenImageEditPipeline._encode_vae_image(pipe, pipe.image_processor.preprocess(pixels)[:, :, None], None)
+        latents = QwenImageEditPipeline._encode_vae_image(
+            pipe, pipe.image_processor.preprocess(pixels)[:, :, None], None
+        )
         expected = latents[0].to(torch.bfloat16).view(torch.uint16).numpy()
         np.testing.assert_array_equal(batch.fields["latents"][0], expected)
 

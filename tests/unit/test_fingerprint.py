@@ -157,7 +157,7 @@ def component(folder: Path, **changes: bytes) -> ComponentFiles:
         "encoder/README.md": b"about",
         "tokenizer/vocab.json": b"words",
         "tokenizer/.lock": b"",
-    } | {name.replace("__", "/"): content for name, content in changes.items()}
+    } | changes
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
