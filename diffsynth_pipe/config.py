@@ -334,7 +334,7 @@ class RunConfig(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write all values as YAML that ``load_config`` reads; atomically."""
-        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        text = yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode(), path.parent)
 
@@ -401,6 +401,18 @@ def _one_line(name: str, source: str, detail: ErrorDetails) -> str:
         return text
     text = text.replace("Input should be", "must be")
     return f"{name}{source}: {text}, got {detail['input']!r}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text with line separators, which PyYAML would write as they are and read back as spaces."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
 
 
 class _Loader(yaml.SafeLoader):
