@@ -37,7 +37,6 @@ Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
-ACCELERATE_CONFIG = Path(__file__).resolve().parents[1] / "deploy" / "accelerate" / "zero3_cpu_offload.yaml"
 
 
 def _setting(group: str, affects: Affects, default: Any, description: str, *, supported: bool = True) -> Any:
@@ -247,11 +246,11 @@ class RunConfig(BaseModel):
     num_validation_samples: Annotated[int, Field(ge=0)] = _setting(
         "this project", "nothing", 8, "Samples whose loss is measured before and after training. 0: none."
     )
-    accelerate_config_file: str = _setting(
+    accelerate_config_file: str | None = _setting(
         "this project",
         "nothing",
-        str(ACCELERATE_CONFIG),
-        "YAML for accelerate launch. Default: ZeRO-3 with CPU offload.",
+        None,
+        "YAML for accelerate launch. Default: ZeRO-3 with CPU offload, deploy/accelerate/zero3_cpu_offload.yaml.",
     )
 
     @field_validator("*", mode="before")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from diffsynth_pipe.config import RunConfig, Stage
     from diffsynth_pipe.stages.plan import StagePlan
 
+ZERO3_CPU_OFFLOAD = Path(__file__).resolve().parents[1] / "deploy" / "accelerate" / "zero3_cpu_offload.yaml"
+
 GUARD_GRACE_S = 120.0
 """How long the ranks may take to save after SIGTERM. It outlasts the caller's own grace: the guard works on alone."""
 
@@ -107,7 +109,8 @@ def launch_train(config: RunConfig, force: bool = False, on_line: Callable[[str]
     config = stage_config(config, "train")
     run_dir = plan_train(config).path
     saved = run_dir / "config.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config.accelerate_config_file]
+    settings = config.accelerate_config_file or str(ZERO3_CPU_OFFLOAD)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", settings]
     command = [*launcher, "-m", "diffsynth_pipe.train", "--config", str(saved)]
     return _launch(config, plan_train, force, command, run_dir, saved, on_line)
 

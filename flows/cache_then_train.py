@@ -57,7 +57,7 @@ def cache_then_train(
 def main(argv: list[str] | None = None) -> int:
     """Run the flow from a command line; return the exit code."""
     parser = FlagParser(prog="diffsynth-pipe run", description="Encode the data set once, then train from the cache.")
-    parser.add_argument("--stages", default=",".join(STAGES), help="stages to run [default: %(default)s]")
+    parser.add_argument("--stages", default="", help="stages to run [default: those of --task]")
     parser.add_argument("--force", default="", help="stages to run even if nothing is left to do")
     add_config_flags(parser)
     _show_only_our_lines()
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_flags(argv)
         config = config_from_args(args)
         stages, force = _stages("--stages", args.stages), _stages("--force", args.force)
+        stages = stages or ((config.stage,) if config.stage else STAGES)
         for plan in plan_stages(config, stages):
             LOG.info("%s: %s, %s", plan.stage, plan.verdict, plan.why)
         results = cache_then_train(config, stages=stages, force=force)

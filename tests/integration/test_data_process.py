@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -222,3 +223,17 @@ def test_an_encoder_that_yields_nan_is_refused(cli, run_file, run_config, tiny_r
     save_file(tensors, weights, {"format": "pt"})
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
     assert_refused(cli("data-process", run_file()), "latents", "row 1")
+
+
+def test_the_demo_cache_is_little_more_than_its_tensors(run_config):
+    demo = Path(__file__).parents[2] / "deploy" / "demo"
+    summary = data_process(
+        run_config(dataset_base_path=str(demo), dataset_metadata_path=str(demo / "metadata.csv"), max_pixels=65536)
+    ).summary
+    # Counted apart from the store: bf16 latents of every size, and the tokens of every distinct caption.
+    assert summary["num_samples"] == 18
+    assert summary["num_records"] == 18 + 17
+    sizes = [(name.split("x"), count) for name, count in summary["buckets"].items()]
+    latents_bytes = sum(2 * 16 * int(height) * int(width) // 64 * count for (height, width), count in sizes)
+    assert 0 < summary["payload_bytes"] - latents_bytes < 17 * 2 * 64 * 100
+    assert summary["disk_bytes"] <= 1.05 * summary["payload_bytes"]
