@@ -52,3 +52,13 @@ def replace_file(path: Path, data: bytes, scratch: Path) -> None:
     write_file(unfinished, data)
     unfinished.replace(path)
     fsync_folder(path.parent)
+
+
+def move_aside(path: Path) -> None:
+    """Free a name without losing what bears it: ``metrics.jsonl`` becomes ``metrics.1.jsonl``, or the next free one."""
+    if not path.exists():
+        return
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(aside)

@@ -38,7 +38,6 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 
 
-
 def _setting(group: str, affects: Affects, default: Any, description: str, *, supported: bool = True) -> Any:
     """Declare a field: its heading in ``--help``, what it decides, its default, what it means."""
     extra: dict[str, Any] = {"group": group, "affects": affects, "supported": supported}

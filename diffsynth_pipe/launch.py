@@ -18,6 +18,7 @@ from os import SEEK_END, environ, getpid
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from cache_store.durable import move_aside
 from diffsynth_pipe.errors import LaunchError, PipeError, RunDirBusy
 from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_train, summarize
 
@@ -128,6 +129,12 @@ def _launch(
     if plan.verdict == "hit" and not force:
         return StageResult(stage=plan.stage, state="Cached", key=plan.key, path=plan.path, summary=summarize(plan))
     log_name = f"{plan.stage}.log"
+
+    def prepare() -> None:
+        config.save(saved_config)
+        if force:
+            move_aside(run_dir / "run.json")  # only a training run has one
+
     run_supervised(
         command,
         run_dir=run_dir,
@@ -135,7 +142,7 @@ def _launch(
         on_line=on_line,
         # torchrun's own 30 s would cut a long save short.
         env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(GUARD_GRACE_S))},
-        prepare=lambda: config.save(saved_config),
+        prepare=prepare,
     )
     done = plan_stage(config)
     if done.verdict != "hit":

@@ -22,15 +22,17 @@ def main(argv: list[str] | None = None) -> int:
         if config.stage == "data_process":
             from diffsynth_pipe.stages.data_process import data_process
 
-            data_process(config)
+            result = data_process(config)
         else:
             from diffsynth_pipe.stages.train import train
 
-            train(config)
+            result = train(config)
     except USER_ERRORS as error:
         where = "" if rank == "0" else f" in rank {rank}"
         sys.stderr.write(f"error{where}: {error}\n")
         return 2
+    if rank == "0":
+        sys.stdout.write(f"{result.stage}: {result.state}  {result.path}\n")
     return 0
 
 

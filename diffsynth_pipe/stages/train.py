@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cache_store.durable import replace_file
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.contracts import load_family, load_task
-from diffsynth_pipe.errors import ConfigError
+from diffsynth_pipe.errors import CacheMismatch, ConfigError
 from diffsynth_pipe.fingerprint import component_digest, json_digest
 from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.stages.plan import (
@@ -19,6 +19,7 @@ from diffsynth_pipe.stages.plan import (
     plan_cut,
     plan_encoding,
     plan_train,
+    summarize,
     trainable_models,
 )
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def train(config: RunConfig) -> StageResult:
-    """Train, and write ``run.json`` at the very end.
+    """Train, and write ``run.json`` at the very end; a run that has one is left as it is.
 
     With ``sft:train`` the samples are the newest snapshot's, and of the models only the denoiser's files are opened.
     With ``sft`` they are encoded in this process, to the same bits, and the run has the same key. An unfinished earlier
@@ -57,6 +58,11 @@ def _cached_source(config: RunConfig, family: ModelFamily, files: ComponentFiles
     split = plan_cut(config, family)
     assert not split.live, "no unit runs the denoiser"
     snapshot = latest_snapshot(config)
+    if snapshot.header["family"] != config.family:
+        raise CacheMismatch(
+            f"cache {snapshot.root} is of family {snapshot.header['family']!r}, not {config.family!r}; "
+            "set family, or run data-process into another cache_path"
+        )
     shapes = {name: min(shapes) for name, shapes in snapshot.field_shapes().items()}
     family.check_fields(json.loads((files.folder / "config.json").read_text(encoding="utf-8")), shapes)
     return CachedSource(snapshot, split.crossing, num_threads=max(1, config.dataset_num_workers))
@@ -78,6 +84,9 @@ def _train_lora(config: RunConfig, family: ModelFamily, files: ComponentFiles, s
         # The first rank digests the weights; the others find the digests it stored.
         plan = plan_train(config, source.digest)
         base_model_digest = component_digest(files)
+    if plan.verdict == "hit":
+        accelerator.end_training()
+        return StageResult(stage="train", state="Cached", key=plan.key, path=plan.path, summary=summarize(plan))
     if accelerator.is_main_process:
         plan.path.mkdir(parents=True, exist_ok=True)
         config.save(plan.path / "config.yaml")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
+from cache_store.durable import move_aside
+
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
@@ -26,7 +28,7 @@ class Metrics:
         self._file: TextIO | None = None
         if enabled:
             path = run_dir / METRICS_FILE
-            _move_aside(path)
+            move_aside(path)
             self._file = path.open("x", encoding="utf-8")
 
     def write(self, step: int, **values: Any) -> None:
@@ -49,12 +51,3 @@ class Metrics:
         self._bar.close()
         if self._file:
             self._file.close()
-
-
-def _move_aside(path: Path) -> None:
-    if not path.exists():
-        return
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(aside)
