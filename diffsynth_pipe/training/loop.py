@@ -124,7 +124,7 @@ class Loop:
             for step in range(1, num_steps + 1):
                 values = self._step(step, batches)
                 metrics.write(step, epoch=self._sampler.finished_passes(step - 1) // config.dataset_repeat, **values)
-                metrics.advance(values["loss"])
+                metrics.advance(values)
                 if step in save_at:
                     lora_path, lora_digest = self._save(step)
             loss_after = self._validate()

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from cache_store.durable import move_aside
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -37,9 +38,9 @@ class Metrics:
             self._file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
             self._file.flush()
 
-    def advance(self, loss: float) -> None:
-        """Move the bar by one step."""
-        self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+    def advance(self, values: Mapping[str, float]) -> None:
+        """Move the bar by one step and show its values."""
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         self._bar.update()
 
     def __enter__(self) -> Metrics:
