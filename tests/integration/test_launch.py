@@ -162,7 +162,9 @@ def test_error_line_with_another_exit_code_is_a_failure(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_descendant_outlives_the_caller(tmp_path, witness, number):
-    code = "import sys; from pathlib import Path; from diffsynth_pipe.launch import *\n"
+    code = "import signal, sys; from pathlib import Path; from diffsynth_pipe.launch import *\n"
+    # A test run in the background of a shell hands down that SIGINT is ignored.
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "run_supervised(sys.argv[2:], run_dir=Path(sys.argv[1]), log_name='x.log', on_line=lambda line: None)"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "run"), *tree(witness)], stderr=subprocess.DEVNULL
