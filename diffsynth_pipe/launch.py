@@ -86,7 +86,8 @@ def launch_data_process(
         LaunchError: The process ended badly.
     """
     config = stage_config(config, "data_process")
-    log_dir = Path(config.output_path) / "logs"
+    # Beside the cache, never in it: a folder that holds anything else is not taken for a new cache.
+    log_dir = config.cache_dir.with_name(f"{config.cache_dir.name}-logs")
     saved = log_dir / "data_process.yaml"
     command = [sys.executable, "-m", "diffsynth_pipe.cli", "data-process", "--config", str(saved)]
     if force:

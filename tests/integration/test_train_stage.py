@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from diffsynth_pipe.launch import launch_data_process, launch_train
 from diffsynth_pipe.stages.data_process import data_process
 from diffsynth_pipe.stages.plan import plan_train
 
@@ -79,6 +80,17 @@ def test_a_finished_run_is_not_trained_again_unless_forced(run_config, run_file,
     forced = cli("train", run_file(), "--force")
     assert "train: Completed" in forced.stdout, forced.stderr
     assert lora.stat().st_mtime_ns > trained.st_mtime_ns
+
+
+def test_the_stages_hand_over_as_in_the_reference(run_config, tmp_path):
+    """``output_path`` of the first command is ``dataset_base_path`` of the second."""
+    cache_dir = tmp_path / "handed-over"
+    encoded = launch_data_process(run_config(task="sft:data_process", cache_path=None, output_path=str(cache_dir)))
+    assert (encoded.state, encoded.path) == ("Completed", cache_dir)
+    parameters = {"task": "sft:train", "cache_path": None, "dataset_metadata_path": None}
+    trained = launch_train(run_config(**parameters, dataset_base_path=str(cache_dir)))
+    assert trained.state == "Completed"
+    assert (trained.path / trained.summary["lora_path"]).is_file()
 
 
 def test_another_rank_trains_beside_the_first_run(run_config):

@@ -29,6 +29,7 @@ ZERO3 = Path(__file__).parents[2] / "deploy" / "accelerate" / "zero3_cpu_offload
 SAMPLES = {"64x64": ((8, 8), (5, 9, 3, 12)), "64x32": ((8, 4), (7, 4))}
 FAMILY = load_family("qwen_image")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
+MAX_GRAD_NORM = 2e-3  # low enough to clip most steps of the tiny model
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,8 @@ def parameters(cache_dir, dit_only, tmp_path):
         "lora_base_model": "dit",
         "lora_target_modules": ",".join(TARGETS),
         "lora_rank": 4,
-        "learning_rate": 1e-2,
+        "learning_rate": 3e-2,
+        "max_grad_norm": MAX_GRAD_NORM,
         "batch_size": 2,
         "dataset_repeat": 3,
         "num_validation_samples": 3,
@@ -148,8 +150,8 @@ def train_by_hand(cache_dir, repository, parameters):
             )[0]
             loss = torch.nn.functional.mse_loss(velocity, pack(noise - latents)) * weights[place] / 2
             loss.backward()
-            total += float(loss)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trainable, 1.0)))
+            total += loss.item()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
@@ -158,7 +160,7 @@ def train_by_hand(cache_dir, repository, parameters):
 
 @pytest.fixture(scope="module")
 def by_hand(cache_dir, dit_only):
-    return train_by_hand(cache_dir, dit_only, {"learning_rate": 1e-2})
+    return train_by_hand(cache_dir, dit_only, {"learning_rate": 3e-2})
 
 
 def assert_follows(lines, by_hand):
@@ -304,5 +306,6 @@ def test_deepspeed_settings_that_contradict_the_run_are_refused(parameters, monk
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", os.fspath(path))
     assert main(flags(parameters)) == 2
     assert (
-        f'error: {path}: gradient_clipping is 0.5, but this run\'s is 1.0; write "auto" there' in capfd.readouterr().err
+        f'error: {path}: gradient_clipping is 0.5, but this run\'s is {MAX_GRAD_NORM}; write "auto" there'
+        in capfd.readouterr().err
     )
