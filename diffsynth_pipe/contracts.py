@@ -199,6 +199,19 @@ class ModelFamily(Protocol):
             Velocity of the shape of ``noisy``.
         """
 
+    def fields_of_diffsynth_record(
+        self, shared: Mapping[str, Any], positive: Mapping[str, Any]
+    ) -> Mapping[str, Tensor]:
+        """Return all fields of this family from a cached record of DiffSynth-Studio.
+
+        Args:
+            shared: ``inputs_shared`` of the record.
+            positive: ``inputs_posi`` of the record.
+
+        Raises:
+            KeyError: The record lacks one.
+        """
+
     def write_tiny(self, folder: Path) -> None:
         """Write a tiny repository with random weights, the real classes and the real folder layout."""
 

@@ -198,6 +198,16 @@ class QwenImage:
         patches = tokens.reshape(num_samples, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
         return patches.reshape(noisy.shape)
 
+    def fields_of_diffsynth_record(
+        self, shared: Mapping[str, Any], positive: Mapping[str, Any]
+    ) -> Mapping[str, Tensor]:
+        """Return the fields from a cached record of DiffSynth-Studio, whose latents have no frame dimension."""
+        num_tokens = int(positive["prompt_emb_mask"][0].sum())
+        return {
+            "latents": shared["input_latents"][0][:, None],
+            "prompt_emb": positive["prompt_emb"][0, :num_tokens],
+        }
+
     def write_tiny(self, folder: Path) -> None:
         """Write a tiny repository with random weights, the same bytes on every call; leave one that exists as it is.
 
