@@ -103,8 +103,8 @@ def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
     dtype = compute_dtype()
     description = f"{engine}, world size {accelerator.num_processes}, compute {str(dtype).removeprefix('torch.')}"
     accelerator.print(description)
-    if _asked_for_deepspeed() and not engine.startswith("engine DeepSpeedEngine, ZeRO"):
-        raise LaunchError(f"asked for DeepSpeed ZeRO, but got {description!r}; set use_cpu: false for accelerate")
+    if _asked_for_deepspeed() and engine != (wanted := _wanted_engine()):
+        raise LaunchError(f"asked for {wanted!r}, but got {engine!r}; unset ACCELERATE_USE_CPU")
     if accelerator.num_processes > 1 and engine == PLAIN_TORCH:
         raise LaunchError(f"got {description!r}: the ranks would train apart; check the accelerate configuration")
     return Engine(
@@ -132,11 +132,19 @@ def _describe_engine(model: Module) -> str:
     return f"engine DeepSpeedEngine, ZeRO stage {model.zero_optimization_stage()}, offload {devices}"
 
 
+def _wanted_engine() -> str:
+    """Describe the engine that the DeepSpeed file asks for, as ``_describe_engine`` describes the one that came."""
+    _, settings = _read_deepspeed_file()
+    zero = settings["zero_optimization"]
+    offload = {name: zero.get(f"offload_{name}", {}).get("device", "none") for name in ("optimizer", "param")}
+    devices = " ".join(f"{name}={device}" for name, device in offload.items())
+    return f"engine DeepSpeedEngine, ZeRO stage {zero.get('stage', 0)}, offload {devices}"
+
+
 def _deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin:
     from accelerate.utils import DeepSpeedPlugin
 
-    path = _deepspeed_config_file()
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    path, settings = _read_deepspeed_file()
     parameters = {
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -151,6 +159,17 @@ def _deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin:
         _adapt_to_cpu(settings)
     # The denoiser is loaded whole and partitioned afterwards: from_pretrained does not work under zero.Init.
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+
+
+def _read_deepspeed_file() -> tuple[Path, dict[str, Any]]:
+    path = _deepspeed_config_file()
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
+        raise ConfigError(f"{path}: has no object 'zero_optimization'; add one with a stage")
+    return path, settings
 
 
 def _deepspeed_config_file() -> Path:

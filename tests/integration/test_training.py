@@ -299,6 +299,32 @@ def test_user_errors_are_one_line_and_exit_code_2(parameters, changed, message, 
     assert message in errors[0]
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"zero_optimization": 3}'])
+def test_a_deepspeed_file_that_cannot_be_used_is_named(parameters, monkeypatch, tmp_path, capfd, text):
+    path = tmp_path / "zero3.json"
+    path.write_text(text)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", os.fspath(path))
+    assert main(flags(parameters)) == 2
+    assert f"error: {path}: " in capfd.readouterr().err
+
+
+def test_an_engine_that_was_not_asked_for_ends_the_run(parameters):
+    """accelerate drops DeepSpeed without a word where ``ACCELERATE_USE_CPU`` is set."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ZERO3)]
+    done = subprocess.run(
+        [*command, "-m", "diffsynth_pipe.train", *flags(parameters)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        timeout=300,
+    )
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "asked for 'engine DeepSpeedEngine, ZeRO stage 3, offload optimizer=cpu param=cpu'" in line
+    assert not (only_run_dir(parameters) / "run.json").exists()
+
+
 def test_deepspeed_settings_that_contradict_the_run_are_refused(parameters, monkeypatch, tmp_path, capfd):
     path = tmp_path / "zero3.json"
     path.write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 3}}))
