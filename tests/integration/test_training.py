@@ -267,6 +267,9 @@ def test_live_encoding_trains_the_same_weights_as_the_cache(run_config):
     live = train(config.model_copy(update={"output_path": f"{config.output_path}-live"}))
     assert live.key == cached.key
     assert live.summary["lora_digest"] == cached.summary["lora_digest"]
+    (live_lines, _), (cached_lines, _) = metrics(live.path), metrics(cached.path)
+    assert len(cached_lines) == 6
+    np.testing.assert_allclose(*([line["loss"] for line in lines] for lines in (live_lines, cached_lines)), rtol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(parameters):
