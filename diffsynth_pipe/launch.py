@@ -40,7 +40,7 @@ _POLL_S = 0.2
 _NUM_KEPT_LINES = 200
 _NUM_NOTE_LINES = 40
 
-_REFUSAL = "error: "
+_REFUSAL = re.compile(r"error(?: in rank \d+)?: (.*)")
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
 _LAUNCHER_EXCEPTION = re.compile(r"\b(?:ChildFailedError|CalledProcessError|SignalException)\b")
@@ -196,7 +196,7 @@ def run_supervised(
             for line in lines.read(time.monotonic(), final=final):
                 kept.append(line)
                 # After a refusal comes the launcher's report of it, which says no more.
-                if held or line.startswith(_REFUSAL):
+                if held or _REFUSAL.match(line):
                     held.append(line)
                 else:
                     on_line(line)
@@ -285,10 +285,10 @@ def _visible(line: bytes) -> str:
 
 
 def _failure(exit_code: int, lines: Sequence[str], log_path: Path) -> PipeError:
-    refusals = [line for line in lines if line.startswith(_REFUSAL)]
+    refusals = [match[1] for line in lines if (match := _REFUSAL.match(line))]
     # A launcher ends with 1 whatever its ranks ended with, and says so in its report.
     if refusals and (exit_code == 2 or any(map(_CHILD_EXITED_WITH_2.search, lines))):
-        return PipeError(refusals[-1].removeprefix(_REFUSAL))
+        return PipeError(refusals[-1])
     ended = f"exit code {exit_code}"
     if exit_code < 0 or exit_code > 128:
         with contextlib.suppress(ValueError):

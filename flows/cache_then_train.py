@@ -5,6 +5,7 @@
 """
 
 import logging
+import signal
 import sys
 from typing import Any, get_args
 
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--force", default="", help="stages to run even if nothing is left to do")
     add_config_flags(parser)
     _show_only_our_lines()
+    # Prefect sends its process SIGTERM once more when the flow has stopped; dying of it would leave Prefect's server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         args = parser.parse_flags(argv)
         config = config_from_args(args)

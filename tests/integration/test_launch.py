@@ -155,6 +155,11 @@ def test_refusal_of_the_command_is_carried_over_as_its_one_line(tmp_path, launch
     assert not isinstance(caught.value, LaunchError)
 
 
+def test_refusal_of_another_rank_is_carried_over_too(tmp_path):
+    with pytest.raises(PipeError, match=r"^NaN in cat\.jpg$"):
+        run(python("import sys; print('error in rank 3: NaN in cat.jpg'); sys.exit(2)"), tmp_path)
+
+
 def test_error_line_with_another_exit_code_is_a_failure(tmp_path):
     with pytest.raises(LaunchError, match="exit code 3"):
         run(python("import sys; print('error: something'); sys.exit(3)"), tmp_path)
