@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 DEMO := build/demo
 DEMO_MODELS := $(DEMO)/models
 
-.PHONY: help demo test lint check bench format clean-demo
+.PHONY: help demo test lint check bench torture format clean-demo
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -43,6 +43,9 @@ format: $(INSTALLED)  ## Format the code
 
 bench: $(INSTALLED)  ## Measure the cache reader against its peers (ratios)
 	$(BIN)/python tests/bench/bench_reader.py
+
+torture: $(INSTALLED)  ## Kill and damage caches for minutes
+	$(BIN)/python tests/integration/torture_cache.py
 
 clean-demo:  ## Remove what the demo wrote
 	rm -rf $(DEMO)

@@ -74,24 +74,33 @@ class FieldSpec:
         """The numpy dtype of the stored array."""
         return STORAGE_DTYPES[self.dtype]
 
+    def item_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return an item's shape without a ragged first dimension."""
+        return shape[1:] if self.ragged else shape
+
+
+def shape_name(item_shape: tuple[int, ...]) -> str:
+    """Return how paths spell an item shape: ``16x1x64x48``."""
+    return "x".join(map(str, item_shape)) or "scalar"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayLayout:
     """How the items of one field and one item shape lie in a file of a segment.
 
-    An item is a run of rows, each of shape ``item_shape``: as many as it has if the field is ragged, else one. Rows are
-    grouped into chunks, an item starts on a chunk boundary, and zeros fill its last chunk.
+    An item is a run of rows, each of shape ``item_shape``: as many as it has if the field is ragged, else one. It is
+    one chunk, or its rows are grouped into chunks of the same size, and zeros fill the last.
 
     Attributes:
         spec: The field.
         item_shape: Shape of one row: of a whole item, or of a ragged item without its first dimension.
-        chunk_rows: Rows per chunk.
+        chunk_rows: Rows per chunk; None where each item is one chunk, whatever its rows.
         file: Path of the file in its segment.
     """
 
     spec: FieldSpec
     item_shape: tuple[int, ...]
-    chunk_rows: int
+    chunk_rows: int | None
     file: str
 
     @property
@@ -99,22 +108,26 @@ class ArrayLayout:
         """Bytes of one row."""
         return math.prod(self.item_shape) * int(self.spec.storage_dtype[-1])
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of one chunk without its checksum."""
-        return self.chunk_rows * self.row_bytes
+    def chunk_bytes(self, num_rows: int) -> int:
+        """Return the bytes of one chunk, without its checksum, of an item of this many rows."""
+        return (num_rows if self.chunk_rows is None else self.chunk_rows) * self.row_bytes
 
     def num_chunks(self, num_rows: int) -> int:
         """Return how many chunks an item of this many rows takes."""
-        return -(-num_rows // self.chunk_rows)
+        return 1 if self.chunk_rows is None else -(-num_rows // self.chunk_rows)
 
 
 class Placement(NamedTuple):
-    """Where one item lies: the array of its segment, where it starts there (backend's unit), and its rows."""
+    """Where one item lies: the array of its segment, where it starts there (backend's unit), its rows, and its digest.
+
+    The digest, a crc32c over the checksums of its chunks as stored, ties the item to its record: bytes that are whole
+    but of another item are not taken for it.
+    """
 
     array: int
     start: int
     num_rows: int
+    digest: int
 
 
 class SegmentArray(NamedTuple):
@@ -173,6 +186,10 @@ class Backend(ABC):
     @abstractmethod
     def open_segment(self, folder: Path) -> SegmentWriter:
         """Start a segment in a folder that is there and empty."""
+
+    def metadata(self, arrays: Sequence[SegmentArray]) -> dict[str, bytes]:  # noqa: ARG002
+        """Return the files of a segment that hold no item, by relative path: they follow from its arrays."""
+        return {}
 
     @abstractmethod
     def offset(self, layout: ArrayLayout, start: int) -> int:

@@ -1,27 +1,30 @@
-"""The journal: one line per committed segment. A segment without a line does not exist."""
+"""The journal: one line per committed segment, or per retraction. A segment without a line does not exist."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
 
-from cache_store.contract import ArrayLayout, CacheSchemaError, FieldSpec, SegmentArray
+from cache_store.contract import ArrayLayout, CacheSchemaError, FieldSpec, Placement, SegmentArray
 from cache_store.durable import fsync_folder
 from cache_store.manifest import JOURNAL, SCHEMA, SEGMENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
 KEY_DIGITS = 32
-PLACEMENT_COLUMNS = ("array", "start", "num_rows")
+PLACEMENT_COLUMNS = Placement._fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class UnitRecords:
 
     Attributes:
         keys: One key per record.
-        placements: By field: where each record's item lies, int64 ``[records, 3]`` (array, start, rows).
+        placements: By field: where each record's item lies, int64 ``[records, 4]``, columns as in ``Placement``.
     """
 
     keys: list[str]
@@ -39,18 +42,73 @@ class UnitRecords:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One journal line."""
+    """A segment as its journal line describes it.
+
+    Attributes:
+        segment: Its id.
+        backend: The file format.
+        arrays: Its arrays; placements name them by position.
+        files: ``(bytes, crc32c)`` of each of its files, by relative path.
+        units: Its records.
+    """
 
     segment: str
+    backend: str
     arrays: list[SegmentArray]
     files: dict[str, tuple[int, int]]
     units: dict[str, UnitRecords]
 
+    def without(self, lost_files: Collection[str], retracted: Mapping[str, Collection[str]]) -> Commit:
+        """Return it without the records that lie in certain files, or whose keys were retracted, by unit."""
+        if not lost_files and not retracted:
+            return self
+        lost_arrays = [number for number, array in enumerate(self.arrays) if array.layout.file in lost_files]
+        units = {}
+        for unit, records in self.units.items():
+            gone = retracted.get(unit, ())
+            is_kept = np.array([key not in gone for key in records.keys], bool)
+            for placements in records.placements.values():
+                is_kept &= ~np.isin(placements[:, 0], lost_arrays)
+            if is_kept.any():
+                keys = [key for key, kept in zip(records.keys, is_kept, strict=True) if kept]
+                units[unit] = UnitRecords(keys, {name: rows[is_kept] for name, rows in records.placements.items()})
+        return Commit(self.segment, self.backend, self.arrays, self.files, units)
+
+    def live_files(self) -> set[str]:
+        """Return the files that hold its records."""
+        placements = [rows[:, 0] for records in self.units.values() for rows in records.placements.values()]
+        return {self.arrays[number].layout.file for number in np.unique(np.concatenate(placements)).tolist()}
+
+
+@dataclass(frozen=True, slots=True)
+class JournalContents:
+    """What all journals say.
+
+    Attributes:
+        commits: In order of session and sequence, retracted or not.
+        retracted: By segment and unit, keys of records that count no more; of a segment that is gone, None.
+        damage: One line for each journal or line that is not what was written.
+    """
+
+    commits: list[Commit] = field(default_factory=list)
+    retracted: dict[str, dict[str, set[str]] | None] = field(default_factory=dict)
+    damage: list[str] = field(default_factory=list)
+
+    def live_commits(self) -> list[Commit]:
+        """Return the commits with the records that were not retracted; without those that have none left."""
+        live = []
+        for commit in self.commits:
+            retracted = self.retracted.get(commit.segment, {})
+            if retracted is not None and (rest := commit.without((), retracted)).units:
+                live.append(rest)
+        return live
+
 
 class Journal:
-    """The journal file of one writer session, which is its only author."""
+    """The journal file of one session, which is its only author."""
 
     def __init__(self, root: Path, session: str) -> None:
+        self._session = session
         path = root / JOURNAL / f"{session}.jsonl"
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         fsync_folder(path.parent)
@@ -61,8 +119,7 @@ class Journal:
         Raises:
             OSError: It may be there in part; nothing more may be appended to this file.
         """
-        payload = json.dumps(entry, separators=(",", ":")).encode()
-        line = b"%08x %b\n" % (google_crc32c.value(payload), payload)
+        line = encode_line({"schema": SCHEMA, "session": self._session, **entry})
         if os.write(self._fd, line) != len(line):
             raise OSError(f"journal line of {len(line)} bytes was cut short")
         os.fdatasync(self._fd)
@@ -70,6 +127,40 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         os.close(self._fd)
+
+
+def new_session() -> str:
+    """Return a name for a session; of two from one machine the later sorts last."""
+    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    return f"{now}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def encode_line(entry: Mapping[str, Any]) -> bytes:
+    """Return an entry as a line that proves itself: the crc32c of its JSON, then the JSON."""
+    payload = json.dumps(entry, separators=(",", ":")).encode()
+    return b"%08x %b\n" % (google_crc32c.value(payload), payload)
+
+
+def decode_line(line: bytes) -> dict[str, Any] | None:
+    """Return the entry of a line, with or without its newline; None if it is not as it was written."""
+    payload = line.removesuffix(b"\n")[9:]
+    if line[:9] != b"%08x " % google_crc32c.value(payload):
+        return None
+    entry: dict[str, Any] = json.loads(payload)
+    return entry
+
+
+def retract(root: Path, segments: Mapping[str, Mapping[str, Collection[str]] | None]) -> None:
+    """Declare that records count no more, or whole segments; see ``JournalContents.retracted``."""
+    values = {
+        segment: None if units is None else {unit: "".join(sorted(keys)) for unit, keys in units.items()}
+        for segment, units in segments.items()
+    }
+    journal = Journal(root, new_session())
+    try:
+        journal.append({"retracted": values})
+    finally:
+        journal.close()
 
 
 def encode_array(array: SegmentArray) -> dict[str, Any]:
@@ -99,48 +190,107 @@ def decode_array(value: Mapping[str, Any]) -> SegmentArray:
 def read_commits(root: Path) -> list[Commit]:
     """Return the commits of all writers, in order of session and sequence.
 
-    A line that fails its checksum was torn by a crash, and a segment with a missing file or one of another size lost
-    bytes: both are left out, so that their records are encoded again.
+    A line that fails its checksum was torn by a crash, and a file that is missing or of another size lost bytes: the
+    records there are left out, so that they are encoded again.
 
     Raises:
         CacheSchemaError: A newer version wrote a line.
     """
     commits = []
-    for path in sorted((root / JOURNAL).glob("*.jsonl")):
-        for line in path.read_bytes().split(b"\n"):
-            payload = line[9:]
-            if line[:9] != b"%08x " % google_crc32c.value(payload):
-                continue
-            entry = json.loads(payload)
-            if entry["schema"] > SCHEMA:
-                raise CacheSchemaError(
-                    f"{path}: schema {entry['schema']!r} is newer than {SCHEMA}; upgrade diffsynth-pipe"
-                )
-            commit = _decode_commit(entry)
-            if _is_whole(root / SEGMENTS / commit.segment, commit.files):
-                commits.append(commit)
+    for commit in read_journal(root).live_commits():
+        rest = commit.without(_lost_files(root / SEGMENTS / commit.segment, commit), {})
+        if rest.units:
+            commits.append(rest)
     return commits
+
+
+def read_journal(root: Path) -> JournalContents:
+    """Read the journals of all sessions.
+
+    Raises:
+        CacheSchemaError: A newer version wrote a line.
+    """
+    contents = JournalContents()
+    for path in sorted((root / JOURNAL).glob("*.jsonl")):
+        name = f"{JOURNAL}/{path.name}"
+        lines = path.read_bytes().splitlines(keepends=True)
+        if not lines:
+            contents.damage.append(f"{name} is empty: it lost its lines, or its writer was killed")
+        for number, line in enumerate(lines, 1):
+            entry = decode_line(line)
+            if entry is None or not line.endswith(b"\n"):
+                contents.damage.append(f"{name} line {number} is damaged, or its writer was killed")
+            elif entry.get("session") != path.stem:
+                contents.damage.append(f"{name} line {number} is of session {entry.get('session')!r}")
+            if entry is not None:
+                _add_entry(contents, path, entry)
+    # not in order of files: a renamed one must not change which of two records counts
+    contents.commits.sort(key=lambda commit: commit.segment)
+    return contents
+
+
+def read_statistics(root: Path, segments: Collection[str]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return, by field and statistic (min, max, mean, std), the range of its values over the records of segments."""
+    ranges: dict[str, dict[str, tuple[float, float]]] = {}
+    for path in sorted((root / JOURNAL).glob("*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            entry = decode_line(line)
+            if entry is None or entry.get("segment") not in segments:
+                continue
+            for records in entry["units"].values():
+                for name, columns in records["fields"].items():
+                    known = ranges.setdefault(name, {})
+                    for statistic, values in columns.items():
+                        if statistic not in PLACEMENT_COLUMNS:
+                            low, high = known.get(statistic, (math.inf, -math.inf))
+                            known[statistic] = min(low, *values), max(high, *values)
+    return ranges
+
+
+def _add_entry(contents: JournalContents, path: Path, entry: Mapping[str, Any]) -> None:
+    if entry["schema"] > SCHEMA:
+        raise CacheSchemaError(f"{path}: schema {entry['schema']!r} is newer than {SCHEMA}; upgrade diffsynth-pipe")
+    if "segment" in entry:
+        contents.commits.append(_decode_commit(entry))
+    for segment, units in entry.get("retracted", {}).items():
+        known = contents.retracted.setdefault(segment, {})
+        if units is None or known is None:
+            contents.retracted[segment] = None
+        else:
+            for unit, digits in units.items():
+                known.setdefault(unit, set()).update(_split_keys(digits))
+
+
+def _split_keys(digits: str) -> list[str]:
+    return [digits[i : i + KEY_DIGITS] for i in range(0, len(digits), KEY_DIGITS)]
 
 
 def _decode_commit(entry: Mapping[str, Any]) -> Commit:
     units = {}
     for unit, records in entry["units"].items():
-        digits = records["keys"]
-        keys = [digits[i : i + KEY_DIGITS] for i in range(0, len(digits), KEY_DIGITS)]
+        keys = _split_keys(records["keys"])
         placements = {
             name: np.array([columns[column] for column in PLACEMENT_COLUMNS], np.int64).T
             for name, columns in records["fields"].items()
         }
         units[unit] = UnitRecords(keys, placements)
     files = {name: (num_bytes, crc) for name, (num_bytes, crc) in entry["files"].items()}
-    return Commit(entry["segment"], [decode_array(array) for array in entry["arrays"]], files, units)
+    arrays = [decode_array(array) for array in entry["arrays"]]
+    return Commit(entry["segment"], entry["backend"], arrays, files, units)
 
 
-def _is_whole(folder: Path, files: Mapping[str, tuple[int, int]]) -> bool:
+def file_size(path: Path) -> int | None:
+    """Return the bytes of a file; None if there is no such file."""
     try:
-        return all((folder / name).stat().st_size == num_bytes for name, (num_bytes, _) in files.items())
+        return path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
+
+
+def _lost_files(folder: Path, commit: Commit) -> set[str]:
+    """Return the files that hold records and are missing or not of the committed size."""
+    names = {array.layout.file for array in commit.arrays}
+    return {name for name in names if file_size(folder / name) != commit.files[name][0]}
 
 
 class RecordIndex:
@@ -151,8 +301,8 @@ class RecordIndex:
         arrays: ``(segment number, array, bytes of its file)`` of every array of every segment.
         rows: By unit and key: the record's row in ``keys`` and ``placements``.
         keys: By unit: the raw keys, uint8 ``[records, 16]``.
-        placements: By unit and field: int64 ``[records, 3]`` (number in ``arrays``, start, rows); array -1 where a
-            record lacks the field.
+        placements: By unit and field: int64 ``[records, 4]``, columns as in ``Placement`` with the number in
+            ``arrays``; -1 where a record lacks the field.
     """
 
     def __init__(self, commits: Sequence[Commit]) -> None:
@@ -188,4 +338,4 @@ class RecordIndex:
 def _global_placements(part: UnitRecords, field: str, first_array: int) -> NDArray[np.int64]:
     if field not in part.placements:
         return np.full((len(part.keys), len(PLACEMENT_COLUMNS)), -1, np.int64)
-    return part.placements[field] + np.array([first_array, 0, 0], np.int64)
+    return part.placements[field] + np.array([first_array, 0, 0, 0], np.int64)

@@ -6,6 +6,7 @@ import json
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+import google_crc32c
 from blake3 import blake3
 
 from cache_store.contract import CacheCorrupt, CacheNotFound, CacheSchemaError
@@ -53,18 +54,40 @@ def create_store(root: Path, backend: str) -> None:
     scratch = root / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
     if not (root / "store.json").exists():
-        manifest = {
-            "schema": SCHEMA,
-            "format": FORMAT,
-            "backend": backend,
-            "created_by": f"diffsynth-pipe {version('diffsynth-pipe')}",
-        }
         # before the other folders, so that a killed run leaves a cache or nothing but an empty scratch folder
-        replace_file(root / "store.json", json.dumps(manifest, indent=1).encode() + b"\n", scratch)
+        write_manifest(root, backend)
         fsync_folder(root.parent)
     for name in (SEGMENTS, JOURNAL, RECIPES, SNAPSHOTS):
         (root / name).mkdir(exist_ok=True)
     fsync_folder(root)
+
+
+def write_manifest(root: Path, backend: str) -> None:
+    """Write ``store.json``, in place of one that was damaged if there is one."""
+    manifest = {
+        "schema": SCHEMA,
+        "format": FORMAT,
+        "backend": backend,
+        "created_by": f"diffsynth-pipe {version('diffsynth-pipe')}",
+    }
+    replace_file(root / "store.json", encode_manifest(manifest), root / SCRATCH)
+
+
+def is_manifest_intact(root: Path) -> bool:
+    """Tell whether ``store.json`` is as it was written."""
+    try:
+        data = (root / "store.json").read_bytes()
+        manifest = json.loads(data)
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(manifest, dict) and data == encode_manifest(manifest)
+
+
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """Return the bytes of ``store.json``, with a checksum of its other values."""
+    values = {name: value for name, value in manifest.items() if name != "crc32c"}
+    checksum = google_crc32c.value(canonical_json(values))
+    return json.dumps({**values, "crc32c": f"{checksum:08x}"}, indent=1).encode() + b"\n"
 
 
 def canonical_json(value: Any) -> bytes:
@@ -80,7 +103,18 @@ def recipe_id(recipe: Mapping[str, Any]) -> str:
 def write_recipe(root: Path, recipe: Mapping[str, Any]) -> str:
     """Store a recipe under its id, once; return the id."""
     name = recipe_id(recipe)
-    path = root / RECIPES / f"{name}.json"
-    if not path.exists():
-        replace_file(path, canonical_json(recipe), root / SCRATCH)
+    if read_recipe(root, name) is None:
+        replace_file(root / RECIPES / f"{name}.json", canonical_json(recipe), root / SCRATCH)
     return name
+
+
+def read_recipe(root: Path, name: str) -> dict[str, Any] | None:
+    """Return the recipe of this id; None if it is missing or not what its name says."""
+    try:
+        data = (root / RECIPES / f"{name}.json").read_bytes()
+    except FileNotFoundError:
+        return None
+    if blake3(data).hexdigest(length=16) != name:
+        return None
+    recipe: dict[str, Any] = json.loads(data)
+    return recipe

@@ -96,6 +96,7 @@ class _Item:
         bodies: Where its chunks go; the last one without its tail.
         tail: Where the zeros that fill its last chunk go, if any.
         checksums: Where its checksums go, ``[chunks, 4]``.
+        digest: The crc32c that these must have.
     """
 
     field: str
@@ -106,6 +107,7 @@ class _Item:
     bodies: list[Bytes]
     tail: Bytes | None
     checksums: Bytes
+    digest: int
 
     def scatter_list(self) -> list[Bytes]:
         """Return the destinations of the bytes on disk, in order."""
@@ -115,7 +117,9 @@ class _Item:
         return views
 
     def is_intact(self) -> bool:
-        """Compare the checksums that were read with those of the bodies that were read."""
+        """Tell whether it is the right item, and its checksums are those of the bodies that were read."""
+        if google_crc32c.value(self.checksums) != self.digest:
+            return False
         found = [google_crc32c.value(body) for body in self.bodies]
         if self.tail is not None:
             found[-1] = google_crc32c.extend(found[-1], self.tail)
@@ -218,14 +222,15 @@ class BatchReader:
         first = snapshot.arrays[placements[0, 0]].layout
         slots = buffers.take(field, len(positions) * longest * first.row_bytes).reshape(len(positions), -1)
         items = []
-        for position, slot, (array, start, rows) in zip(positions.tolist(), slots, placements.tolist(), strict=True):
+        for position, slot, placement in zip(positions.tolist(), slots, placements.tolist(), strict=True):
+            array, start, rows, digest = placement
             layout = snapshot.arrays[array].layout
             if layout.item_shape != first.item_shape:
                 raise CacheError(
                     f"{field} of sample {snapshot.sample_id(position)} ({snapshot.source(position)}) has shape"
                     f" {layout.item_shape}, others of its bucket have {first.item_shape}; encode into a new cache_path"
                 )
-            used, chunk_bytes, num_chunks = rows * layout.row_bytes, layout.chunk_bytes, layout.num_chunks(rows)
+            used, chunk_bytes, num_chunks = rows * layout.row_bytes, layout.chunk_bytes(rows), layout.num_chunks(rows)
             offset, num_bytes = self._backend.offset(layout, start), num_chunks * (chunk_bytes + CHECKSUM_BYTES)
             slot[used:] = 0
             num_full, rest = divmod(used, chunk_bytes)
@@ -234,7 +239,7 @@ class BatchReader:
                 bodies.append(slot[used - rest : used])
             tail = np.empty(chunk_bytes - rest, np.uint8) if rest else None
             checksums = np.empty((num_chunks, CHECKSUM_BYTES), np.uint8)
-            items.append(_Item(field, position, array, offset, num_bytes, bodies, tail, checksums))
+            items.append(_Item(field, position, array, offset, num_bytes, bodies, tail, checksums, digest))
         values = slots.reshape(-1).view(first.spec.storage_dtype)
         rows_shape = (longest,) if first.spec.ragged else ()
         return values.reshape(len(positions), *rows_shape, *first.item_shape), num_rows, items
@@ -284,7 +289,7 @@ class BatchReader:
         return CacheCorrupt(
             f"{snapshot.array_path(item.array)}: {item.field} of sample {snapshot.sample_id(item.position)}"
             f" ({snapshot.source(item.position)}) {problem};"
-            f" delete {snapshot.segment_folder(item.array)} and run data-process again"
+            f" run `diffsynth-pipe cache repair {snapshot.root}`"
         )
 
 

@@ -15,12 +15,21 @@ import numpy as np
 from blake3 import blake3
 
 from cache_store.contract import CacheCorrupt, CacheError, CacheNotFound, CacheSchemaError, SegmentArray
-from cache_store.durable import fsync_folder
-from cache_store.journal import PLACEMENT_COLUMNS, decode_array, encode_array
+from cache_store.durable import file_checksum, fsync_folder, replace_file
+from cache_store.journal import (
+    KEY_DIGITS,
+    PLACEMENT_COLUMNS,
+    Commit,
+    UnitRecords,
+    decode_array,
+    decode_line,
+    encode_array,
+    encode_line,
+)
 from cache_store.manifest import SCHEMA, SCRATCH, SEGMENTS, SNAPSHOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -92,8 +101,8 @@ class Snapshot:
         self.backend = backend
         self.number = number
         self.path = path
-        self._columns = columns
         document = json.loads(columns["document"].tobytes())
+        self._columns = columns
         self.header: dict[str, Any] = json.loads(columns["header"].tobytes())
         self.bucket_names: list[str] = document["buckets"]
         self.field_units: dict[str, str] = document["field_units"]
@@ -128,13 +137,19 @@ class Snapshot:
                 if schema > SCHEMA:
                     raise CacheSchemaError(f"{path}: schema {schema} is newer than {SCHEMA}; upgrade diffsynth-pipe")
                 columns = {name: file[name] for name in file.files}
+            snapshot = cls(root, backend, number, path, columns)
+            if snapshot.header["number"] != number:
+                raise ValueError(f"it is snapshot {snapshot.header['number']!r}")
+            # besides the columns that are counted: document, header, schema
+            if len(columns) != json.loads(columns["document"].tobytes())["num_columns"] + 3:
+                raise ValueError(f"it has {len(columns)} columns")
         except FileNotFoundError:
             raise CacheNotFound(f"{path} is missing; run data-process to seal the cache again") from None
         except CacheSchemaError:
             raise
         except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, OSError) as error:
             raise CacheCorrupt(f"{path} is damaged: {error}; run data-process to seal the cache again") from error
-        return cls(root, backend, number, path, columns)
+        return snapshot
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -187,9 +202,49 @@ class Snapshot:
         return shapes
 
     def placements(self, field: str, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where the items of some samples lie: ``[samples, 3]`` (number in ``arrays``, start, rows)."""
+        """Return where the items of some samples lie: int64 ``[samples, 4]``, columns as in ``Placement``.
+
+        The array is a number in ``arrays``.
+        """
         rows = self._columns[f"{self.field_units[field]}.record"][positions]
         return np.stack([self._columns[f"{field}.{column}"][rows] for column in PLACEMENT_COLUMNS], axis=1)
+
+    def samples(self) -> Iterator[SealedSample]:
+        """Yield its samples as they were sealed."""
+        keys = {unit: self._record_keys(unit) for unit in self.num_records}
+        for position in range(len(self)):
+            yield SealedSample(
+                sample_id=self.sample_id(position),
+                bucket=self.bucket_names[self.buckets[position]],
+                source=self.source(position),
+                keys={unit: keys[unit][self._columns[f"{unit}.record"][position]] for unit in keys},
+            )
+
+    def commits(self) -> list[Commit]:
+        """Return its records by segment, in the journal's form but without sizes and checksums of files."""
+        units: list[dict[str, UnitRecords]] = [{} for _ in self.segments]
+        for unit in self.num_records:
+            fields = [field for field, owner in self.field_units.items() if owner == unit]
+            keys = np.array(self._record_keys(unit))
+            placements = {
+                field: np.stack([self._columns[f"{field}.{column}"] for column in PLACEMENT_COLUMNS], axis=1)
+                for field in fields
+            }
+            segments = self.array_segments[placements[fields[0]][:, 0]]
+            order = np.argsort(segments, kind="stable")
+            ends = np.cumsum(np.bincount(segments, minlength=len(self.segments)))
+            for number, rows in enumerate(np.split(order, ends[:-1])):
+                if rows.size:
+                    chosen = {field: values[rows] for field, values in placements.items()}
+                    units[number][unit] = UnitRecords(keys[rows].tolist(), chosen)
+        return [
+            Commit(segment, self.backend, self.arrays, {}, records)
+            for segment, records in zip(self.segments, units, strict=True)
+        ]
+
+    def _record_keys(self, unit: str) -> list[str]:
+        digits = self._columns[f"{unit}.key"].tobytes().hex()
+        return [digits[i : i + KEY_DIGITS] for i in range(0, len(digits), KEY_DIGITS)]
 
     def segment_folder(self, array_number: int) -> Path:
         """Return the folder of the segment that an array belongs to."""
@@ -220,9 +275,20 @@ def snapshot_path(root: Path, number: int) -> Path:
     return root / SNAPSHOTS / f"{number:06d}.npz"
 
 
+def seal_path(root: Path, number: int) -> Path:
+    """Return the file that vouches for a snapshot: one line with its size and crc32c, or that it was lost."""
+    return root / SNAPSHOTS / f"{number:06d}.seal"
+
+
+def snapshot_numbers(root: Path) -> list[int]:
+    """Return the numbers of all snapshots, in order; also of one whose file is missing and whose seal tells of it."""
+    paths = (root / SNAPSHOTS).glob("*")
+    return sorted({int(path.stem) for path in paths if path.suffix in (".npz", ".seal") and path.stem.isdigit()})
+
+
 def latest_number(root: Path) -> int | None:
     """Return the number of the newest snapshot, if any."""
-    return max((int(path.stem) for path in (root / SNAPSHOTS).glob("*.npz") if path.stem.isdigit()), default=None)
+    return max(snapshot_numbers(root), default=None)
 
 
 def tabulate(samples: Iterable[SealedSample], index: RecordIndex) -> tuple[Columns, str]:
@@ -276,8 +342,10 @@ def tabulate(samples: Iterable[SealedSample], index: RecordIndex) -> tuple[Colum
             field_units[field] = unit
             columns[f"{field}.array"], columns[f"{field}.start"] = items[:, 0], items[:, 1]
             columns[f"{field}.num_rows"] = items[:, 2].astype(np.int32)
-    document = {"buckets": list(bucket_numbers), "field_units": field_units}
+            columns[f"{field}.digest"] = items[:, 3].astype(np.uint32)
+    document: dict[str, Any] = {"buckets": list(bucket_numbers), "field_units": field_units}
     document |= _tabulate_arrays(columns, field_units, index)
+    document["num_columns"] = len(columns)
     columns["document"] = np.frombuffer(json.dumps(document).encode(), np.uint8)
     return columns, digest.hexdigest()
 
@@ -305,13 +373,13 @@ def _tabulate_arrays(columns: Columns, fields: Iterable[str], index: RecordIndex
 
 
 def publish(root: Path, number: int, columns: Columns, header: Mapping[str, Any]) -> None:
-    """Write a snapshot.
+    """Write a snapshot, then its seal.
 
     Raises:
         FileExistsError: There is one of this number.
         OSError: The disk refuses.
     """
-    text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    text = np.frombuffer(json.dumps({**header, "number": number}).encode(), np.uint8)
     members: dict[str, Any] = {"schema": np.int64(SCHEMA), "header": text, **columns}
     unfinished = root / SCRATCH / f"snapshot-{os.getpid()}-{secrets.token_hex(4)}"
     path = snapshot_path(root, number)
@@ -325,3 +393,27 @@ def publish(root: Path, number: int, columns: Columns, header: Mapping[str, Any]
     finally:
         unfinished.unlink(missing_ok=True)
     fsync_folder(path.parent)
+    write_seal(root, number)
+
+
+def write_seal(root: Path, number: int) -> None:
+    """Vouch for the file of a snapshot as it stands."""
+    path = snapshot_path(root, number)
+    entry = {"schema": SCHEMA, "number": number, "bytes": path.stat().st_size, "crc32c": file_checksum(path)}
+    replace_file(seal_path(root, number), encode_line(entry), root / SCRATCH)
+
+
+def write_loss(root: Path, number: int) -> None:
+    """Put on record that a snapshot was lost, so that no older one is taken for the newest."""
+    entry = {"schema": SCHEMA, "number": number, "lost": True}
+    replace_file(seal_path(root, number), encode_line(entry), root / SCRATCH)
+
+
+def read_seal(root: Path, number: int) -> dict[str, Any] | None:
+    """Return what vouches for a snapshot; None if it is missing, damaged, or of another snapshot."""
+    try:
+        line = seal_path(root, number).read_bytes()
+    except FileNotFoundError:
+        return None
+    entry = decode_line(line)
+    return entry if entry is not None and line.endswith(b"\n") and entry.get("number") == number else None

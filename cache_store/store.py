@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from cache_store.backends import load_backend
-from cache_store.contract import CacheCorrupt, CacheError, CacheSchemaError
-from cache_store.durable import disk_errors
+from cache_store.contract import CacheCorrupt, CacheError, CacheNotFound, CacheSchemaError
+from cache_store.durable import FolderLock, disk_errors
 from cache_store.journal import RecordIndex, read_commits
 from cache_store.manifest import SCHEMA, SCRATCH, create_store, read_manifest, recipe_id, write_recipe
 from cache_store.snapshot import SealedSample, Snapshot, latest_number, publish, samples_digest, tabulate
@@ -91,9 +91,12 @@ class Cache:
         """Store what a unit's records were made by; return its id. Creates the cache."""
         with disk_errors(self.root):
             create_store(self.root, self.backend)
-            return write_recipe(self.root, recipe)
+            with self._held():
+                return write_recipe(self.root, recipe)
 
-    def seal(self, samples: Iterable[SealedSample], header: Mapping[str, Any]) -> Snapshot:
+    def seal(
+        self, samples: Iterable[SealedSample], header: Mapping[str, Any], *, instead_of: int | None = None
+    ) -> Snapshot:
         """Publish a snapshot of these samples, in this order.
 
         If the newest snapshot lists the same samples and reads the same files, it is returned, whatever its header.
@@ -101,18 +104,18 @@ class Cache:
         Args:
             samples: Their records must be committed; of records committed twice the last counts.
             header: JSON values to keep with it: ``family``, and ``units`` with the recipe id of each.
+            instead_of: Publish only if this is the newest snapshot still; otherwise return the one that is.
 
         Raises:
             CacheError: A record is not committed, samples differ in units, or the disk refuses.
         """
-        with disk_errors(self.root):
-            commits = read_commits(self.root)
-        columns, digest = tabulate(samples, RecordIndex(commits))
-        with disk_errors(self.root):
+        with disk_errors(self.root), self._held():
+            columns, digest = tabulate(samples, RecordIndex(read_commits(self.root)))
             create_store(self.root, self.backend)
             while True:
                 parent = latest_number(self.root)
-                if parent is not None and self._has_columns(parent, columns):
+                is_overtaken = instead_of is not None and parent != instead_of
+                if parent is not None and (is_overtaken or self._has_columns(parent, columns)):
                     return self.snapshot(parent)
                 number = 1 if parent is None else parent + 1
                 now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -126,6 +129,7 @@ class Cache:
 
         Raises:
             CacheCorrupt: Its file is damaged.
+            CacheNotFound: Its file is missing, though it was sealed.
         """
         number = latest_number(self.root)
         return None if number is None else self.snapshot(number)
@@ -140,8 +144,12 @@ class Cache:
         """
         return Snapshot.open(self.root, self.backend, number)
 
+    def _held(self) -> contextlib.AbstractContextManager[object]:
+        """Keep ``collect_garbage`` away while records are looked up and named."""
+        return FolderLock(self.root) if self.root.exists() else contextlib.nullcontext()
+
     def _has_columns(self, number: int, columns: Columns) -> bool:
         try:
             return self.snapshot(number).has_columns(columns)
-        except CacheCorrupt:  # sealing again is the cure
+        except (CacheCorrupt, CacheNotFound):  # sealing again is the cure
             return False

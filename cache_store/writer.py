@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import secrets
 import shutil
 import time
 from typing import TYPE_CHECKING, Any, Self
@@ -13,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from cache_store.contract import CacheError, RecordRefused
-from cache_store.durable import disk_errors, fsync_folder
-from cache_store.journal import KEY_DIGITS, PLACEMENT_COLUMNS, Journal, encode_array
-from cache_store.manifest import SCHEMA, SCRATCH, SEGMENTS, create_store
+from cache_store.durable import FolderLock, disk_errors, fsync_folder
+from cache_store.journal import KEY_DIGITS, PLACEMENT_COLUMNS, Journal, encode_array, new_session
+from cache_store.manifest import SCRATCH, SEGMENTS, create_store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,6 +33,8 @@ _STATS = ("min", "max", "mean", "std")
 class Writer:
     """One writer session. Any number of sessions write to a cache at once: each owns its segments and its journal.
 
+    Within the ``with`` block, and from its first record on, no garbage is collected from the cache.
+
     Leaving the ``with`` block commits what was added, also when an exception leaves it; only a killed process loses its
     open segment. Not for use by several threads.
     """
@@ -46,7 +46,8 @@ class Writer:
         self._segment_bytes = segment_bytes
         self._specs: dict[str, tuple[FieldSpec, ...]] = {}
         self._keys: dict[str, set[str]] = {}
-        self._session = _new_session()
+        self._lock: FolderLock | None = None
+        self._session = new_session()
         self._num_segments = 0
         self._journal: Journal | None = None
         self._segment: SegmentWriter | None = None
@@ -54,6 +55,9 @@ class Writer:
         self._commit_due_s = math.inf
 
     def __enter__(self) -> Self:
+        with disk_errors(self._root):
+            if self._root.exists():
+                self._hold()
         return self
 
     def __exit__(
@@ -67,6 +71,9 @@ class Writer:
             error.add_note(str(failure))
         finally:
             self._close_journal()
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     def add(
         self,
@@ -133,8 +140,8 @@ class Writer:
                     self._journal = Journal(self._root, self._session)
                 self._journal.append(
                     {
-                        "schema": SCHEMA,
                         "segment": segment_id,
+                        "backend": self._backend.name,
                         "arrays": [encode_array(array) for array in arrays],
                         "files": files,
                         "units": {unit: pending.encode() for unit, pending in self._pending.items()},
@@ -153,6 +160,8 @@ class Writer:
             if self._specs[unit] != specs:
                 raise ValueError(f"unit {unit!r} was declared as {self._specs[unit]}, now as {specs}")
             return
+        if not _NAME.fullmatch(unit):
+            raise ValueError(f"unit {unit!r} is not lower-case letters, digits and _")
         names = [spec.name for spec in specs]
         taken = {spec.name for others in self._specs.values() for spec in others}
         for name in names:
@@ -163,11 +172,17 @@ class Writer:
     def _open_segment(self) -> SegmentWriter:
         if self._segment is None:
             create_store(self._root, self._backend.name)
+            self._hold()
             folder = self._root / SCRATCH / self._segment_id()
             folder.mkdir()
             self._segment = self._backend.open_segment(folder)
             self._commit_due_s = time.monotonic() + self._commit_seconds
         return self._segment
+
+    def _hold(self) -> None:
+        """Keep ``collect_garbage`` and ``repair`` away from what this writer may need."""
+        if self._lock is None:
+            self._lock = FolderLock(self._root)
 
     def _is_commit_due(self) -> bool:
         assert self._segment is not None
@@ -190,7 +205,7 @@ class Writer:
         self._segment = None
         self._pending = {}
         self._close_journal()
-        self._session = _new_session()
+        self._session = new_session()
         self._num_segments = 0
 
     def _close_journal(self) -> None:
@@ -220,11 +235,6 @@ class _PendingUnit:
     def encode(self) -> dict[str, Any]:
         """Return the columns as JSON values."""
         return {"keys": "".join(self.keys), "fields": self._columns}
-
-
-def _new_session() -> str:
-    now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
-    return f"{now}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def _check_item(subject: str, spec: FieldSpec, item: NDArray[Any]) -> tuple[float, ...]:

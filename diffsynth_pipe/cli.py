@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cache_store.contract import CacheCorrupt
 from diffsynth_pipe.config import RunConfig, Stage
 from diffsynth_pipe.errors import USER_ERRORS, ConfigError
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from diffsynth_pipe.stages.plan import StageResult
 
@@ -66,6 +67,8 @@ def _parser() -> FlagParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         add_config_flags(command)
 
+    _add_cache_commands(commands.add_parser("cache", help="look into caches, and keep them whole and small"))
+
     schema = commands.add_parser("schema", help="JSON Schema of the run file")
     schema.set_defaults(command=_schema)
 
@@ -74,6 +77,46 @@ def _parser() -> FlagParser:
     tiny.add_argument("--family", default=RunConfig.model_fields["family"].default, help="default: %(default)s")
     tiny.set_defaults(command=_tiny_model)
     return parser
+
+
+def _add_cache_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(name, help=summary)
+        added.add_argument("root", metavar="FOLDER" if name == "ls" else "CACHE", type=Path)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        added.set_defaults(command=command)
+        return added
+
+    add("ls", _cache_ls, "the caches below a folder")
+    add("info", _cache_info, "what a cache holds")
+    verify = add("verify", _cache_verify, "whether every byte is what was written; exit code 2 if not")
+    depth = verify.add_mutually_exclusive_group()
+    depth.add_argument("--quick", action="store_true", help="only whether all files are there and of the right size")
+    depth.add_argument("--full", action="store_true", help="read every byte; the default")
+    repair = add("repair", _cache_repair, "rescue what is whole; with the run file, encode again what is lost")
+    gc = add("gc", _cache_gc, "delete what no kept snapshot and no writer may need")
+    gc.add_argument("--keep", metavar="N", type=_positive, default=2, help="newest snapshots to keep; default: 2")
+    gc.add_argument("--grace-hours", metavar="H", type=float, default=24.0, help="keep what is younger; default: 24")
+    gc.add_argument("--unsealed", action="store_true", help="also records that no snapshot ever named")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    add("compact", _cache_compact, "copy the records of many small segments into few large ones")
+    add("import-diffsynth", _cache_import, "fill a new cache from the .pth records of DiffSynth-Studio").add_argument(
+        "source", metavar="SOURCE", type=Path, help="output_path of its sft:data_process"
+    )
+    explain = add("explain", _cache_explain, "what the samples were made of; with a run file, what changed since")
+    explain.add_argument("--sample", metavar="ID", help="the first digits of an id; default: all samples")
+    for with_run in (repair, explain):
+        add_config_flags(with_run)
+        with_run.usage = "%(prog)s CACHE [RUN.yaml] [--flag value ...]"
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -119,6 +162,89 @@ def _tiny_model(args: argparse.Namespace) -> None:
 
     load_family(args.family).write_tiny(args.folder)
     print(args.folder)
+
+
+def _cache_ls(args: argparse.Namespace) -> None:
+    from cache_store.describe import list_caches
+
+    for line in list_caches(args.root):
+        print(line)
+
+
+def _cache_info(args: argparse.Namespace) -> None:
+    from cache_store.describe import describe
+
+    print(*describe(args.root), sep="\n")
+
+
+def _cache_verify(args: argparse.Namespace) -> None:
+    from cache_store.verify import verify
+
+    damage = verify(args.root, full=not args.quick)
+    if damage:
+        print(*damage, sep="\n")
+        raise CacheCorrupt(f"cache {args.root} is damaged; run `diffsynth-pipe cache repair {args.root}`")
+    print(f"{args.root}: {'all files are there' if args.quick else 'every byte is what was written'}")
+
+
+def _cache_repair(args: argparse.Namespace) -> None:
+    from diffsynth_pipe.stages.repair import repair_cache
+
+    for line in repair_cache(args.root, _config_of_cache(args)):
+        print(line)
+
+
+def _cache_gc(args: argparse.Namespace) -> None:
+    from cache_store.maintain import collect_garbage
+
+    garbage = collect_garbage(
+        args.root,
+        keep=args.keep,
+        grace_s=args.grace_hours * 3600,
+        unsealed=args.unsealed,
+        dry_run=args.dry_run,
+    )
+    for name in garbage.names():
+        print(name)
+    print(f"{'would delete' if args.dry_run else 'deleted'} {garbage.num_bytes / 1e6:.2f} MB")
+
+
+def _cache_compact(args: argparse.Namespace) -> None:
+    from cache_store.maintain import compact
+    from cache_store.store import Cache
+
+    before, after = compact(Cache.open(args.root))
+    print(f"segments: {before} before, {after} now; `diffsynth-pipe cache gc {args.root}` deletes the old ones in time")
+
+
+def _cache_import(args: argparse.Namespace) -> None:
+    from diffsynth_pipe.stages.import_diffsynth import import_diffsynth
+
+    _print_result(import_diffsynth(args.source, args.root, RunConfig.model_fields["family"].default))
+
+
+def _cache_explain(args: argparse.Namespace) -> None:
+    config = _config_of_cache(args)
+    from cache_store.describe import explain
+
+    for line in explain(args.root, args.sample):
+        print(line)
+    if config is not None:
+        from diffsynth_pipe.stages.explain import explain_changes
+
+        for line in explain_changes(args.root, config):
+            print(line)
+
+
+def _config_of_cache(args: argparse.Namespace) -> RunConfig | None:
+    """Return the run that was given beside a cache, if any."""
+    if vars(args).keys().isdisjoint({"config", *RunConfig.model_fields}):
+        return None
+    config = config_from_args(args)
+    if config.cache_dir.resolve() != args.root.resolve():
+        message = f"cache_path: the run's cache is {config.cache_dir}, not {args.root}; name the run file of this cache"
+        raise ConfigError(message)
+    return config
 
 
 def _config_with_stage(args: argparse.Namespace, stage: Stage) -> RunConfig:

@@ -228,8 +228,11 @@ class RunConfig(BaseModel):
         None,
         "Folder of the cache. Default: output_path/cache; for a stage alone, where the reference's command puts it.",
     )
-    cache_backend: Literal["zarr", "webdataset"] = _planned(
-        "this project", "nothing", "zarr", "Format of the cache's shards. Only zarr for now."
+    cache_backend: Literal["zarr", "webdataset"] = _setting(
+        "this project",
+        "nothing",
+        "zarr",
+        "Format of a new cache: zarr, or webdataset, tar files that other tools stream. Readers see what it is.",
     )
     cache_commit_seconds: NonNegative = _setting(
         "this project",

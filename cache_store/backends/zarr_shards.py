@@ -23,17 +23,18 @@ from cache_store.contract import (
     SegmentArray,
     SegmentFiles,
     SegmentWriter,
+    shape_name,
 )
-from cache_store.durable import fsync_folder, write_file
+from cache_store.durable import NewFile, fsync_folder, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
-_CHUNK_BYTES = 2048
+_CHUNK_BYTES = 1024
 _MIN_CHUNK_ROWS = 4
-"""Ragged rows are grouped to about 2 KiB, but four at least: an item wastes half a chunk on zeros, and each chunk costs
+"""Ragged rows are grouped to about 1 KiB, but four at least: an item wastes half a chunk on zeros, and each chunk costs
 a checksum call, 20 bytes, and two destinations of the read that fetches it."""
 
 _BYTES_CRC32C = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -41,9 +42,8 @@ _BYTES_CRC32C = [{"name": "bytes", "configuration": {"endian": "little"}}, {"nam
 
 def layout_of(spec: FieldSpec, shape: tuple[int, ...]) -> ArrayLayout:
     """Return where an item of this shape is stored: ``latents/16x1x64x48/c/0/0/0/0/0``."""
-    item_shape = shape[1:] if spec.ragged else shape
-    folder = "x".join(map(str, item_shape)) or "scalar"
-    file = f"{spec.name}/{folder}/c/0" + "/0" * len(item_shape)
+    item_shape = spec.item_shape(shape)
+    file = f"{spec.name}/{shape_name(item_shape)}/c/0" + "/0" * len(item_shape)
     single = ArrayLayout(spec=spec, item_shape=item_shape, chunk_rows=1, file=file)
     if not spec.ragged:
         return single
@@ -51,9 +51,14 @@ def layout_of(spec: FieldSpec, shape: tuple[int, ...]) -> ArrayLayout:
     return ArrayLayout(spec=spec, item_shape=item_shape, chunk_rows=chunk_rows, file=file)
 
 
+def _chunk_bytes(layout: ArrayLayout) -> int:
+    """Return the bytes of a chunk, the same for any item."""
+    return layout.chunk_bytes(num_rows=1)
+
+
 def shard_index(array: SegmentArray) -> bytes:
     """Return the index of a shard as it stands at its end: (offset, bytes) of each chunk, uint64, and a crc32c."""
-    stride = array.layout.chunk_bytes + CHECKSUM_BYTES
+    stride = _chunk_bytes(array.layout) + CHECKSUM_BYTES
     index = np.full((array.num_chunks, 2), stride, "<u8")
     index[:, 0] *= np.arange(array.num_chunks, dtype="<u8")
     checksum: int = google_crc32c.value(index)
@@ -64,6 +69,7 @@ def array_metadata(array: SegmentArray) -> dict[str, Any]:
     """Return the ``zarr.json`` of an array."""
     layout = array.layout
     spec = layout.spec
+    assert layout.chunk_rows is not None
     shape = [array.num_chunks * layout.chunk_rows, *layout.item_shape]
     return {
         "zarr_format": 3,
@@ -89,23 +95,30 @@ def array_metadata(array: SegmentArray) -> dict[str, Any]:
     }
 
 
+def segment_metadata(arrays: Sequence[SegmentArray]) -> dict[str, bytes]:
+    """Return the ``zarr.json`` files of a segment: of its arrays, and of the groups above them."""
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+    nodes = {"zarr.json": group}
+    for array in arrays:
+        nodes[f"{array.layout.spec.name}/zarr.json"] = group
+        nodes[array.layout.file.partition("/c/")[0] + "/zarr.json"] = array_metadata(array)
+    return {name: json.dumps(node, separators=(",", ":")).encode() for name, node in nodes.items()}
+
+
 class _Shard:
     """One shard in the making; holds an open file and two numbers, never the chunks."""
 
     def __init__(self, number: int, layout: ArrayLayout, folder: Path) -> None:
         self.number = number
         self.layout = layout
-        self.path = folder / layout.file
-        self.path.parent.mkdir(parents=True)
-        # unbuffered: an error belongs to the write that met it, and closing writes nothing
-        self.file = self.path.open("xb", buffering=0)
+        path = folder / layout.file
+        path.parent.mkdir(parents=True)
+        self.file = NewFile(path)
         self.num_chunks = 0
-        self.num_bytes = 0
-        self.crc = 0
 
     def append(self, item: NDArray[Any]) -> Placement:
         """Write an item as whole chunks, each followed by its checksum."""
-        chunk_bytes = self.layout.chunk_bytes
+        chunk_bytes = _chunk_bytes(self.layout)
         data = np.ascontiguousarray(item).reshape(-1).view(np.uint8)
         num_rows = data.nbytes // self.layout.row_bytes
         chunks = np.zeros((self.layout.num_chunks(num_rows), chunk_bytes + CHECKSUM_BYTES), np.uint8)
@@ -114,26 +127,20 @@ class _Shard:
         if rest:
             chunks[num_full, :rest] = data[data.nbytes - rest :]
         checksums = [google_crc32c.value(chunk[:chunk_bytes]) for chunk in chunks]
-        chunks[:, chunk_bytes:] = np.array(checksums, "<u4").view(np.uint8).reshape(-1, CHECKSUM_BYTES)
+        trailers = np.array(checksums, "<u4").view(np.uint8)
+        chunks[:, chunk_bytes:] = trailers.reshape(-1, CHECKSUM_BYTES)
         start = self.num_chunks
-        self._write(chunks.reshape(-1))
+        self.file.write(chunks.reshape(-1))
         self.num_chunks += len(chunks)
-        return Placement(self.number, start, num_rows)
+        return Placement(self.number, start, num_rows, google_crc32c.value(trailers))
 
     def finish(self) -> SegmentArray:
         """Append the index and make the file durable."""
         array = SegmentArray(self.layout, self.num_chunks)
-        self._write(np.frombuffer(shard_index(array), np.uint8))
-        os.fsync(self.file.fileno())
+        self.file.write(shard_index(array))
+        self.file.sync()
         self.file.close()
         return array
-
-    def _write(self, data: NDArray[np.uint8]) -> None:
-        rest = data.data
-        while rest:
-            rest = rest[os.write(self.file.fileno(), rest) :]
-        self.crc = google_crc32c.extend(self.crc, data)
-        self.num_bytes += data.nbytes
 
 
 class ZarrSegment(SegmentWriter):
@@ -145,7 +152,7 @@ class ZarrSegment(SegmentWriter):
 
     @property
     def num_bytes(self) -> int:  # noqa: D102
-        return sum(shard.num_bytes for shard in self._shards.values())
+        return sum(shard.file.num_bytes for shard in self._shards.values())
 
     @property
     def num_open_files(self) -> int:  # noqa: D102
@@ -162,17 +169,10 @@ class ZarrSegment(SegmentWriter):
 
     def finish(self) -> SegmentFiles:  # noqa: D102
         arrays = [shard.finish() for shard in self._shards.values()]
-        files = {shard.layout.file: (shard.num_bytes, shard.crc) for shard in self._shards.values()}
-        metadata = {"": {"zarr_format": 3, "node_type": "group", "attributes": {}}}
-        for array in arrays:
-            folder = array.layout.file.partition("/c/")[0]
-            metadata[array.layout.spec.name] = metadata[""]
-            metadata[folder] = array_metadata(array)
-        for folder, value in metadata.items():
-            path = self._folder / folder / "zarr.json"
-            data = json.dumps(value, separators=(",", ":")).encode()
-            write_file(path, data)
-            files[path.relative_to(self._folder).as_posix()] = (len(data), google_crc32c.value(data))
+        files = {shard.layout.file: (shard.file.num_bytes, shard.file.crc) for shard in self._shards.values()}
+        for name, data in segment_metadata(arrays).items():
+            write_file(self._folder / name, data)
+            files[name] = (len(data), google_crc32c.value(data))
         for parent, _, _ in os.walk(self._folder, topdown=False):
             fsync_folder(Path(parent))
         return SegmentFiles(arrays, files)
@@ -182,7 +182,7 @@ class ZarrSegment(SegmentWriter):
             shard.file.close()
 
     def _shard(self, spec: FieldSpec, shape: tuple[int, ...]) -> _Shard:
-        layout_key = (spec.name, shape[1:] if spec.ragged else shape)
+        layout_key = (spec.name, spec.item_shape(shape))
         if layout_key not in self._shards:
             self._shards[layout_key] = _Shard(len(self._shards), layout_of(spec, shape), self._folder)
         return self._shards[layout_key]
@@ -196,8 +196,11 @@ class ZarrBackend(Backend):
     def open_segment(self, folder: Path) -> ZarrSegment:  # noqa: D102
         return ZarrSegment(folder)
 
+    def metadata(self, arrays: Sequence[SegmentArray]) -> dict[str, bytes]:  # noqa: D102
+        return segment_metadata(arrays)
+
     def offset(self, layout: ArrayLayout, start: int) -> int:  # noqa: D102
-        return start * (layout.chunk_bytes + CHECKSUM_BYTES)
+        return start * (_chunk_bytes(layout) + CHECKSUM_BYTES)
 
     def is_intact(self, fd: int, array: SegmentArray) -> bool:  # noqa: D102
         index = shard_index(array)

@@ -74,9 +74,10 @@ def _encode(config: RunConfig, encoding: EncodePlan, cache: Cache, force: bool) 
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device, dtype = encode_device(), getattr(torch, config.encode_dtype)
-    wanted = encoding.records() if force else encoding.missing(cache)
     encoded: dict[str, int] = {}
     with cache.writer(commit_seconds=config.cache_commit_seconds) as writer:
+        # within the block, where no garbage collection takes the others away
+        wanted = encoding.records() if force else encoding.missing(cache)
         for unit in encoding.cut.cached:
             share = {
                 key: encoding.samples[index]

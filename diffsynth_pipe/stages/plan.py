@@ -172,16 +172,17 @@ def plan_data_process(config: RunConfig, encoding: EncodePlan | None = None) -> 
         verdict = "build" if all(len(missing[name]) == total[name] for name in total) else "resume"
         why = f"records on disk: {counts}"
     else:
-        verdict, why = _verdict_of_snapshot(cache.latest(), encoding.digest, counts)
+        verdict, why = _verdict_of_snapshot(cache, encoding.digest, counts)
     return StagePlan(stage="data_process", verdict=verdict, key=encoding.digest, path=config.cache_dir, why=why)
 
 
-def _verdict_of_snapshot(snapshot: Snapshot | None, digest: str, counts: str) -> tuple[Verdict, str]:
-    if snapshot is None or snapshot.header["digest"] != digest:
-        return "resume", f"all records on disk ({counts}), to be sealed"
+def _verdict_of_snapshot(cache: Cache, digest: str, counts: str) -> tuple[Verdict, str]:
     try:
+        snapshot = cache.latest()
+        if snapshot is None or snapshot.header["digest"] != digest:
+            return "resume", f"all records on disk ({counts}), to be sealed"
         snapshot.check_files()
-    except CacheCorrupt as error:
+    except (CacheCorrupt, CacheNotFound) as error:
         return "resume", str(error)
     return "hit", f"snapshot {snapshot.number}: {len(snapshot)} samples, {counts}"
 

@@ -1,137 +1,262 @@
-"""Reads shuffled batches from a cache, and the same bytes into the same batch buffer by other ways.
+"""Reads shuffled batches from caches of both backends, and the same bytes into the same batch buffers by other ways.
 
 ``python tests/bench/bench_reader.py`` prints one line per way. All files are in the page cache, so that the table
-compares what the storage cannot hide: the work of the CPU.
+compares what the storage cannot hide: the work of the CPU. Every way is checked against the data once, untimed.
 """
 
 import itertools
-import json
 import statistics
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import safetensors.torch
+import torch
+import webdataset
 import zarr
 
+from cache_store.backends import backend_names
 from cache_store.contract import FieldSpec
 from cache_store.reader import BatchReader, Prefetcher
 from cache_store.store import Cache, SealedSample
 
-SPECS = (
-    FieldSpec(name="latents", dtype="bfloat16", dims=("channel", "frame", "height", "width")),
-    FieldSpec(name="prompt_emb", dtype="bfloat16", dims=("token", "channel"), ragged=True),
-)
-NUM_SAMPLES, BATCH_SIZE, NUM_ROUNDS = 96, 4, 9
-LATENT_SHAPE, TEXT_CHANNELS = (16, 1, 128, 128), 3584
-BASE = "one raw file per sample"
+LATENTS = FieldSpec(name="latents", dtype="bfloat16", dims=("channel", "frame", "height", "width"))
+TEXT = FieldSpec(name="prompt_emb", dtype="bfloat16", dims=("token", "channel"), ragged=True)
+FIELDS = (LATENTS.name, TEXT.name)
+TEXT_CHANNELS = 3584
+NUM_SAMPLES_OF_SHAPE = {
+    (16, 1, 128, 128): 48,
+    (16, 1, 112, 144): 24,
+    (16, 1, 144, 112): 24,
+    (16, 1, 96, 168): 16,
+    (16, 21, 60, 104): 8,
+}
+BATCH_SIZE, NUM_ROUNDS = 4, 9
+BASE = "one .pth per sample, weights_only=False"
+MEMORY = "memory (memcpy only)"
+LOADER = "DataLoader, 2 workers, .pth"
 ZARR = "zarr-python"
-ZARR_SHARE = 12  # it reads only this part of each round
+ZARR_SHARE = 10  # it is slow, and reads only this part of each round
+LOADER_PASSES = 4  # what reads ahead reads more, so that the batches that it is ahead by count little
 
 
 def main():
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(120), 0.6, NUM_SAMPLES), 20, 500).astype(int)
-    data = [
-        {
-            "latents": rng.integers(0, 0x7F00, LATENT_SHAPE, np.uint16),
-            "prompt_emb": rng.integers(0, 0x7F00, (length, TEXT_CHANNELS), np.uint16),
-        }
-        for length in lengths
-    ]
-    num_bytes = sum(array.nbytes for fields in data for array in fields.values())
+    data = random_samples(rng)
+    num_bytes = sum(item.nbytes for sample in data for item in sample)
     with tempfile.TemporaryDirectory() as folder:
         ways = ways_to_read(Path(folder), data)
+        for way in ways.values():
+            check(way(batches_of(data, rng)), data)
         times = {name: [] for name in ways}
-        for _, (name, read) in itertools.product(range(NUM_ROUNDS), ways.items()):
-            order = rng.permutation(NUM_SAMPLES).reshape(-1, BATCH_SIZE)
-            part = order[: len(order) // ZARR_SHARE] if name == ZARR else order
+        for _, (name, way) in itertools.product(range(NUM_ROUNDS), ways.items()):
+            order = batches_of(data, rng)
+            if name == ZARR:
+                order = order[: len(order) // ZARR_SHARE]
+            elif name == LOADER or name.startswith("Prefetcher"):
+                order *= LOADER_PASSES
             start = time.perf_counter()
-            read(part)
-            times[name].append((time.perf_counter() - start) * len(order) / len(part))
+            num_read = sum(
+                latents.nbytes + sum(len(data[number][1]) for number in numbers) * TEXT_CHANNELS * 2
+                for numbers, latents, _ in way(order)
+            )
+            times[name].append((time.perf_counter() - start) / num_read)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{NUM_SAMPLES} samples, {num_bytes / 1e6:.0f} MB, batches of {BATCH_SIZE}, median of {NUM_ROUNDS} rounds")
-    print(f"{'way':<44}{'MB/s':>8}{'x raw file':>12}")
+    print(f"{len(data)} samples, {num_bytes / 1e6:.0f} MB, batches of {BATCH_SIZE}, median of {NUM_ROUNDS} rounds")
+    print(f"{'way':<52}{'MB/s':>8}{'x .pth':>10}{'x memcpy':>10}{'x DataLoader':>14}")
     for name, median in medians.items():
-        print(f"{name:<44}{num_bytes / median / 1e6:>8.0f}{medians[BASE] / median:>12.2f}")
+        ratios = (medians[base] / median for base in (BASE, MEMORY, LOADER))
+        print("{:<52}{:>8.0f}{:>10.2f}{:>10.2f}{:>14.2f}".format(name, 1e-6 / median, *ratios))
+
+
+def random_samples(rng):
+    """Return latents and text of each sample, bfloat16 bits; the buckets' sizes are multiples of the batch size."""
+    shapes = [shape for shape, count in NUM_SAMPLES_OF_SHAPE.items() for _ in range(count)]
+    lengths = np.clip(rng.lognormal(np.log(120), 0.6, len(shapes)), 20, 500).astype(int)
+    return [
+        (rng.integers(0, 0x7F00, shape, np.uint16), rng.integers(0, 0x7F00, (length, TEXT_CHANNELS), np.uint16))
+        for shape, length in zip(shapes, lengths, strict=True)
+    ]
+
+
+def batches_of(data, rng):
+    """Return all samples in random batches, each of one bucket."""
+    batches = []
+    for shape in NUM_SAMPLES_OF_SHAPE:
+        members = rng.permutation([number for number, (latents, _) in enumerate(data) if latents.shape == shape])
+        batches += members.reshape(-1, BATCH_SIZE).tolist()
+    rng.shuffle(batches)
+    return batches
+
+
+def check(batches, data):
+    for numbers, latents, text in batches:
+        for slot, number in enumerate(numbers):
+            length = len(data[number][1])
+            np.testing.assert_array_equal(latents[slot], data[number][0])
+            np.testing.assert_array_equal(text[slot, :length], data[number][1])
+            assert not text[slot, length:].any()
 
 
 def ways_to_read(root, data):
-    """Store the data in all forms; return a function per way, from batches of sample numbers."""
-    longest = max(len(fields["prompt_emb"]) for fields in data)
-    latents = np.zeros((BATCH_SIZE, *LATENT_SHAPE), np.uint16)
-    text = np.zeros((BATCH_SIZE, longest, TEXT_CHANNELS), np.uint16)
+    """Store the data in all forms; return the ways: from batches of sample numbers to (numbers, latents, text)."""
+    longest = max(len(text) for _, text in data)
+    latents_buffers = {shape: np.zeros((BATCH_SIZE, *shape), np.uint16) for shape in NUM_SAMPLES_OF_SHAPE}
+    text_buffer = np.zeros((BATCH_SIZE, longest, TEXT_CHANNELS), np.uint16)
 
-    def collated(load):
-        def read(order):
-            for slot, number in itertools.chain.from_iterable(map(enumerate, order)):
-                fields = load(number)
-                latents[slot] = fields["latents"]
-                text[slot, : len(fields["prompt_emb"])] = fields["prompt_emb"]
-                text[slot, len(fields["prompt_emb"]) :] = 0
+    def collated(samples):
+        """Copy (number, latents, text) into the buffers, batch by batch."""
+        numbers = []
+        for number, latents, text in samples:
+            slot, buffer = len(numbers), latents_buffers[latents.shape]
+            buffer[slot] = latents
+            text_buffer[slot, : len(text)] = text
+            text_buffer[slot, len(text) :] = 0
+            numbers.append(number)
+            if len(numbers) == BATCH_SIZE:
+                yield numbers, buffer, text_buffer
+                numbers = []
 
-        return read
+    def one_by_one(load):
+        return lambda order: collated((number, *load(number)) for number in itertools.chain.from_iterable(order))
 
-    snapshot = write_cache(root / "cache", data)
-    reader = BatchReader(snapshot, ["latents", "prompt_emb"])
-    buffers = reader.buffers()
-    in_turn = np.arange(NUM_SAMPLES).reshape(-1, BATCH_SIZE)
-    ahead = Prefetcher(reader, enumerate(itertools.cycle(in_turn)))
-    write_raw_files(root, data)
-    return {
-        "memory (memcpy only)": collated(data.__getitem__),
-        BASE: collated(lambda number: parse_raw((root / f"{number}.raw").read_bytes())),
-        "one raw file per sample, crc32c checked": collated(lambda number: parse_checked(root / f"{number}.raw")),
-        ZARR: collated(zarr_loader(next((root / "cache" / "segments").iterdir()), data)),
-        "BatchReader, crc32c checked": lambda order: [reader.read(batch, buffers) for batch in order],
-        "Prefetcher, 2 threads, crc32c checked": lambda order: [next(ahead) for _ in order],
+    files = write_files(root, data)
+    ways = {
+        MEMORY: one_by_one(data.__getitem__),
+        BASE: one_by_one(lambda number: load_pth(files[number, "pth"], weights_only=False)),
+        "one .pth per sample, weights_only=True": one_by_one(lambda number: load_pth(files[number, "pth"])),
+        "one safetensors per sample": one_by_one(lambda number: load_safetensors(files[number, "safetensors"])),
+        "one safetensors per sample, crc32c checked": one_by_one(
+            lambda number: load_checked(files[number, "safetensors"])
+        ),
+        LOADER: data_loader([files[number, "pth"] for number in range(len(data))]),
     }
+    for backend in backend_names():
+        snapshot = write_cache(root / backend, backend, data)
+        segments = sorted((root / backend / "segments").iterdir())
+        if backend == "zarr":
+            ways[ZARR] = one_by_one(zarr_loader(segments, data))
+        else:
+            archives = [str(path) for segment in segments for path in sorted(segment.iterdir())]
+            ways["webdataset's iteration, in order"] = lambda _, archives=archives: collated(iterate_tar(archives))
+        ways[f"BatchReader, {backend}, crc32c checked"] = batch_reader(snapshot)
+        ways[f"Prefetcher, {backend}, 2 threads, crc32c checked"] = prefetcher(snapshot, data)
+    return ways
 
 
-def write_cache(root, data):
-    cache = Cache.open_or_new(root)
+def batch_reader(snapshot):
+    reader = BatchReader(snapshot, FIELDS)
+    buffers = reader.buffers()
+    return lambda order: map(unpack, (reader.read(batch, buffers) for batch in order))
+
+
+def prefetcher(snapshot, data):
+    """Return a way that lives on between rounds, as in a training; it draws batches of its own."""
+    rng = np.random.default_rng(1)
+    plan = itertools.chain.from_iterable(batches_of(data, rng) for _ in itertools.count())
+    ahead = Prefetcher(BatchReader(snapshot, FIELDS), enumerate(plan))
+    return lambda order: (unpack(next(ahead)[1]) for _ in order)
+
+
+def unpack(batch):
+    return batch.positions.tolist(), batch.fields[LATENTS.name], batch.fields[TEXT.name]
+
+
+def data_loader(paths):
+    """Return a way by torch's DataLoader, whose workers live on between rounds and collate in shared memory."""
+    order = []
+
+    def collate(samples):
+        numbers, latents, text = zip(*samples, strict=True)
+        padded = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(item) for item in text], batch_first=True)
+        return numbers, torch.stack([torch.from_numpy(item) for item in latents]), padded
+
+    class Samples(torch.utils.data.Dataset):
+        def __getitem__(self, number):
+            return number, *load_pth(paths[number], weights_only=False)
+
+    loader = torch.utils.data.DataLoader(
+        Samples(), batch_sampler=order, collate_fn=collate, num_workers=2, persistent_workers=True
+    )
+
+    def read(batches):
+        order[:] = batches
+        return ((numbers, latents.numpy(), text.numpy()) for numbers, latents, text in loader)
+
+    return read
+
+
+def write_cache(root, backend, data):
+    cache = Cache.open_or_new(root, backend)
     samples = []
     with cache.writer() as writer:
-        for number, fields in enumerate(data):
+        for number, sample in enumerate(data):
             key = f"{number:032x}"
-            writer.add("sample", key, fields, SPECS)
-            samples.append(SealedSample(key, "all", f"sample {number}", {"sample": key}))
+            writer.add("sample", key, dict(zip(FIELDS, sample, strict=True)), [LATENTS, TEXT])
+            samples.append(SealedSample(key, str(sample[0].shape), f"sample {number}", {"sample": key}))
     return cache.seal(samples, {})
 
 
-def write_raw_files(root, data):
-    for number, fields in enumerate(data):
-        header = json.dumps({name: array.shape for name, array in fields.items()}).encode()
-        payload = b"".join(array.tobytes() for array in fields.values())
-        (root / f"{number}.raw").write_bytes(len(header).to_bytes(8, "little") + header + payload)
+def write_files(root, data):
+    files = {}
+    for number, sample in enumerate(data):
+        tensors = {name: torch.from_numpy(item).view(torch.bfloat16) for name, item in zip(FIELDS, sample, strict=True)}
+        for suffix, save in (("pth", torch.save), ("safetensors", safetensors.torch.save_file)):
+            files[number, suffix] = root / f"{number}.{suffix}"
+            save(tensors, files[number, suffix])
+    return files
 
 
-def parse_raw(content):
-    start = 8 + int.from_bytes(content[:8], "little")
-    fields = {}
-    for name, shape in json.loads(content[8:start]).items():
-        fields[name] = np.frombuffer(content, np.uint16, int(np.prod(shape)), start).reshape(shape)
-        start += fields[name].nbytes
-    return fields
+def bits_of(tensors):
+    return [tensors[name].view(torch.uint16).numpy() for name in FIELDS]
 
 
-def parse_checked(path):
+def load_pth(path, *, weights_only=True):
+    return bits_of(torch.load(path, weights_only=weights_only))  # noqa: TID251 (the format of others, measured)
+
+
+def load_safetensors(path):
+    return bits_of(safetensors.torch.load_file(path))
+
+
+def load_checked(path):
     content = path.read_bytes()
     google_crc32c.value(content)
-    return parse_raw(content)
+    return bits_of(safetensors.torch.load(content))
 
 
-def zarr_loader(segment, data):
-    group = zarr.open_group(segment, mode="r")
-    latents, text = (next(iter(group[name].arrays()))[1] for name in ("latents", "prompt_emb"))
-    lengths = [len(fields["prompt_emb"]) for fields in data]
-    chunk_rows = text.chunks[0]
-    starts = np.cumsum([0] + [-(-length // chunk_rows) * chunk_rows for length in lengths])
-    return lambda number: {
-        "latents": latents[number],
-        "prompt_emb": text[starts[number] : starts[number] + lengths[number]],
-    }
+def iterate_tar(archives):
+    for sample in webdataset.WebDataset(archives, shardshuffle=False):
+        yield int(sample["__key__"], 16), *bits_of(safetensors.torch.load(sample["safetensors"]))
+
+
+def zarr_loader(segments, data):
+    """Return a function from a sample's number to its arrays; samples lie in the order in which they were added."""
+    places = {}
+    for segment in segments:
+        group = zarr.open_group(segment, mode="r")
+        shapes = dict(group[LATENTS.name].arrays())
+        text = group[f"{TEXT.name}/{TEXT_CHANNELS}"]
+        num_left = {name: array.shape[0] for name, array in shapes.items()}
+        start = 0
+        while any(num_left.values()):
+            number = len(places)
+            name = "x".join(map(str, data[number][0].shape))
+            length = len(data[number][1])
+            places[number] = (shapes[name], shapes[name].shape[0] - num_left[name], text, start, start + length)
+            num_left[name] -= 1
+            start += -(-length // text.chunks[0]) * text.chunks[0]
+
+    def load(number):
+        latents, item, text, start, end = places[number]
+        return latents[item], text[start:end]
+
+    return load
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What every cache backend must do: the same values back, deterministic bytes, damage noticed, and foreign readers."""
 
+import itertools
 import math
+import re
 import shutil
 
 import google_crc32c
@@ -54,6 +56,14 @@ def seal(cache, buckets):
     return cache.seal(
         [SealedSample(key_of(n), bucket, f"row {n}", {"unit": key_of(n)}) for n, bucket in enumerate(buckets)], {}
     )
+
+
+def assert_holds(batch, records, specs):
+    for spec in specs:
+        for slot, record in enumerate(records):
+            item = record[spec.name]
+            found = batch.fields[spec.name][slot]
+            np.testing.assert_array_equal(found[: len(item)] if spec.ragged else found, item)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,7 +126,7 @@ def test_same_records_give_same_bytes_and_the_journal_knows_them(backend, tmp_pa
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_flipped_byte_of_a_data_file_is_noticed(backend, tmp_path):
+def test_a_flipped_byte_is_noticed_or_lies_outside_of_every_item(backend, tmp_path):
     rng = np.random.default_rng(1)
     specs = [fixed("uint8", 2), ragged("bfloat16")]
     records = [
@@ -126,15 +136,100 @@ def test_any_flipped_byte_of_a_data_file_is_noticed(backend, tmp_path):
     snapshot = seal(write(tmp_path / "cache", backend, records, specs), ["b", "b"])
     names = [spec.name for spec in specs]
     for path in {snapshot.array_path(number) for number in range(len(snapshot.arrays))}:
-        content = bytearray(path.read_bytes())
-        for place in range(0, len(content), 1 + len(content) // 400):
-            content[place] ^= 0x10
-            path.write_bytes(content)
-            with pytest.raises(CacheCorrupt, match=r"sample 0+[01] \(row [01]\)"):
-                BatchReader(snapshot, names).read([0, 1])
-            content[place] ^= 0x10
-        path.write_bytes(content)
-    BatchReader(snapshot, names).read([0, 1])
+        original = path.read_bytes()
+        noticed = np.zeros(len(original), bool)
+        for place in range(0, len(original), 1 + len(original) // 400):
+            path.write_bytes(original[:place] + bytes([original[place] ^ 0x10]) + original[place + 1 :])
+            try:
+                batch = BatchReader(snapshot, names).read([0, 1])
+            except CacheCorrupt as error:
+                assert re.search(r"sample 0+[01] \(row [01]\)", str(error))  # noqa: PT017
+                noticed[place] = True
+            else:
+                assert_holds(batch, records, specs)
+        path.write_bytes(original)
+        for place in range(0, len(original), 1 + len(original) // 400):
+            rows = [row.tobytes() for record in records for item in record.values() for row in item]
+            inside = any(original.find(row, max(0, place - len(row) + 1), place + len(row)) >= 0 for row in rows)
+            assert noticed[place] or not inside
+        assert noticed.any()
+    assert_holds(BatchReader(snapshot, names).read([0, 1]), records, specs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_files_of_one_size_that_changed_places_are_noticed(backend, tmp_path):
+    rng = np.random.default_rng(3)
+    spec = fixed("bfloat16", 2)
+    records = [{spec.name: random_item(rng, spec, shape)} for shape in [(4, 6), (6, 4), (4, 6), (6, 4)]]
+    snapshot = seal(write(tmp_path / "cache", backend, records, [spec], commit_after={1}), "abab")
+    paths = sorted(snapshot.array_path(number) for number in range(len(snapshot.arrays)))
+    assert len({path.stat().st_size for path in paths}) == 1
+    contents = {path: path.read_bytes() for path in paths}
+    for first, second in itertools.combinations(paths, 2):
+        first.write_bytes(contents[second])
+        second.write_bytes(contents[first])
+        num_noticed = 0
+        for position in range(4):
+            try:
+                batch = BatchReader(snapshot, [spec.name]).read([position])
+            except CacheCorrupt:
+                num_noticed += 1
+            else:
+                np.testing.assert_array_equal(batch.fields[spec.name][0], records[position][spec.name])
+        assert num_noticed == 2
+        first.write_bytes(contents[first])
+        second.write_bytes(contents[second])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_units_whose_shapes_are_the_same_keep_apart(backend, tmp_path):
+    specs = {unit: FieldSpec(name=f"of_{unit}", dtype="int32", dims=("d",)) for unit in ("a", "a_3", "b")}
+    cache = Cache.open_or_new(tmp_path / "cache", backend)
+    with cache.writer() as writer:
+        for number, (unit, spec) in enumerate(specs.items()):
+            writer.add(unit, key_of(0), {spec.name: np.full(3, number, np.int32)}, [spec])
+        for unit in ("a-3", "../a", "A", ""):
+            with pytest.raises(ValueError, match="is not lower-case letters, digits and _"):
+                writer.add(unit, key_of(0), {"x": np.ones(3, np.int32)}, [specs["a"]])
+    snapshot = cache.seal([SealedSample(key_of(0), "b", "row 0", dict.fromkeys(specs, key_of(0)))], {})
+    batch = BatchReader(snapshot, list(snapshot.fields)).read([0])
+    assert {name: values[0].tolist() for name, values in batch.fields.items()} == {
+        spec.name: [number] * 3 for number, spec in enumerate(specs.values())
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_store_adds_at_most_three_percent_to_its_payload(backend, tmp_path):
+    rng = np.random.default_rng(4)
+    specs = {
+        "latents": FieldSpec(name="latents", dtype="bfloat16", dims=("channel", "frame", "height", "width")),
+        "text": FieldSpec(name="prompt_emb", dtype="bfloat16", dims=("token", "channel"), ragged=True),
+    }
+    cache = Cache.open_or_new(tmp_path / "cache", backend)
+    samples, payload_bytes = [], 0
+    with cache.writer() as writer:
+        for number in range(40):
+            height, width = [(128, 128), (96, 160), (160, 96), (112, 144)][number % 4]
+            shapes = {"latents": (16, 1, height, width), "text": (int(rng.integers(20, 300)), 3584)}
+            for unit, shape in shapes.items():
+                item = random_item(rng, specs[unit], shape)
+                writer.add(unit, key_of(number), {specs[unit].name: item}, [specs[unit]])
+                payload_bytes += item.nbytes
+            keys = dict.fromkeys(shapes, key_of(number))
+            samples.append(SealedSample(key_of(number), f"{height}x{width}", f"row {number}", keys))
+    assert cache.seal(samples, {}).payload_bytes == payload_bytes
+    disk_bytes = sum(path.stat().st_size for path in cache.root.rglob("*") if path.is_file())
+    assert payload_bytes < disk_bytes <= 1.03 * payload_bytes
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cache_says_what_its_backend_is(backend, tmp_path):
+    spec = fixed("float32", 1)
+    write(tmp_path / "cache", backend, [{spec.name: np.ones(3, np.float32)}], [spec])
+    assert Cache.open(tmp_path / "cache").backend == backend
+    for other in set(BACKENDS) - {backend}:
+        with pytest.raises(CacheSchemaError, match=f"has backend '{backend}', not '{other}'; set cache_backend"):
+            Cache.open_or_new(tmp_path / "cache", other)
 
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)

@@ -64,7 +64,7 @@ def test_states_say_what_was_found_on_disk(server, run_config, edit_rows):
     # The server still says that all is done; the disk does not.
     Cache.open(config.cache_dir).latest().array_path(0).unlink()
     cache_then_train(config)
-    assert state_names() == {"data_process": "Completed", "train": "Cached"}
+    assert state_names() == {"data_process": "Resumed", "train": "Cached"}
 
     def recaption(rows):
         rows[0]["prompt"] += ", at night"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cache_store.contract import CacheCorrupt, CacheError, FieldSpec
+from cache_store.maintain import repair
 from cache_store.reader import BatchReader, Prefetcher
 from cache_store.store import Cache, SealedSample
 
@@ -188,7 +189,7 @@ def damage(path, kind):
         ("missing", "is missing"),
     ],
 )
-def test_damage_names_the_sample_and_deleting_the_segment_cures_it(snapshot, field, kind, problem, num_threads):
+def test_damage_names_the_sample_and_a_repair_cures_it(snapshot, field, kind, problem, num_threads):
     number = snapshot.placements(field, np.array([0]))[0, 0]
     path = snapshot.array_path(number)
     damage(path, kind)
@@ -197,13 +198,10 @@ def test_damage_names_the_sample_and_deleting_the_segment_cures_it(snapshot, fie
     message = str(caught.value)
     assert message.startswith(f"{path}: {field} of sample {key_of(900)} (metadata.csv row 0)")
     assert problem in message
-    folder = snapshot.segment_folder(number)
-    assert message.endswith(f"delete {folder} and run data-process again")
+    assert message.endswith(f"run `diffsynth-pipe cache repair {snapshot.root}`")
     assert "\n" not in message
 
-    folder.rename(folder.parent.parent / "deleted")
-    cache = Cache.open(snapshot.root)
-    assert cache.committed_keys() == {}
+    repair(snapshot.root)
     again = seal(write(snapshot.root, range(12)), 12)
     assert_holds(BatchReader(again, FIELDS).read([0, 2]), [0, 2])
 

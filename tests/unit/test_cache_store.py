@@ -200,9 +200,6 @@ def test_a_key_is_stored_once_per_writer(tmp_path):
 def test_of_two_writers_with_one_key_the_last_counts(cache):
     with cache.writer() as writer:
         writer.add("latents", key_of(1), {"latents": latents_of(99)}, [LATENTS])
-    # both writers began in the same second, so say which is the later one
-    journals = sorted((cache.root / "journal").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    journals[-1].rename(journals[-1].with_name("9" + journals[-1].name))
     snapshot = cache.seal(samples_of(range(4)), {})
     batch = BatchReader(snapshot, ["latents"]).read([0, 1])
     np.testing.assert_array_equal(batch.fields["latents"], [latents_of(0), latents_of(99)])
@@ -338,7 +335,7 @@ def test_a_newer_journal_is_refused(cache):
         cache.committed_keys()
 
 
-@pytest.mark.parametrize("loss", ["delete", "truncate", "delete zarr.json", "delete segment"])
+@pytest.mark.parametrize("loss", ["delete", "truncate", "delete segment"])
 def test_a_segment_that_lost_bytes_is_encoded_again_and_sealed_anew(cache, loss):
     sealed = cache.seal(samples_of(range(4)), {})
     (segment,) = (cache.root / "segments").iterdir()
@@ -347,14 +344,11 @@ def test_a_segment_that_lost_bytes_is_encoded_again_and_sealed_anew(cache, loss)
         shard.unlink()
     elif loss == "truncate":
         os.truncate(shard, shard.stat().st_size - 1)
-    elif loss == "delete zarr.json":
-        (segment / "zarr.json").unlink()
     else:
         segment.rename(cache.root / "elsewhere")
     assert cache.committed_keys() == {}
-    if loss != "delete zarr.json":
-        with pytest.raises(CacheCorrupt, match=r"c/0/0/0/0 .*run data-process again"):
-            sealed.check_files()
+    with pytest.raises(CacheCorrupt, match=r"c/0/0/0/0 .*run data-process again"):
+        sealed.check_files()
     with cache.writer() as writer:
         for number in range(4):
             add(writer, number)
@@ -416,7 +410,7 @@ def test_sealing_the_same_samples_again_changes_nothing(cache):
     assert cache.seal(samples_of(range(4)), {"family": "y"}).header == first.header
     second = cache.seal(samples_of(range(3)), {})
     assert (second.number, second.header["parent"]) == (2, 1)
-    assert [path.name for path in sorted((cache.root / "snapshots").iterdir())] == ["000001.npz", "000002.npz"]
+    assert [path.name for path in sorted((cache.root / "snapshots").glob("*.npz"))] == ["000001.npz", "000002.npz"]
 
 
 @pytest.mark.parametrize(
@@ -576,8 +570,13 @@ def write_large_journal(root, num_samples, num_texts):
                 "num_chunks": count,
             }
         )
-        columns = {"array": [number] * count, "start": list(range(count)), "num_rows": [1] * count}
+        columns = {
+            "array": [number] * count,
+            "start": list(range(count)),
+            "num_rows": [1] * count,
+            "digest": [0] * count,
+        }
         units[name] = {"keys": "".join(map(key_of, range(count))), "fields": {name: columns}}
-    entry = {"schema": 1, "segment": "large", "arrays": arrays, "files": files, "units": units}
+    entry = {"schema": 1, "segment": "large", "backend": "zarr", "arrays": arrays, "files": files, "units": units}
     payload = json.dumps(entry).encode()
     (root / "journal" / "large.jsonl").write_bytes(b"%08x %b\n" % (google_crc32c.value(payload), payload))

@@ -1,0 +1,110 @@
+"""What a cache holds, in lines for people; read from the journal and the newest snapshot, not from the data."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from cache_store.contract import CacheError, CacheNotFound
+from cache_store.durable import disk_errors
+from cache_store.journal import read_journal, read_statistics
+from cache_store.maintain import tree_bytes
+from cache_store.manifest import read_recipe
+from cache_store.store import Cache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from cache_store.snapshot import SealedSample, Snapshot
+
+
+def list_caches(folder: Path) -> Iterator[str]:
+    """Yield a line for each cache below a folder.
+
+    Raises:
+        CacheNotFound: There is none.
+    """
+    roots = sorted(path.parent for path in folder.rglob("store.json"))
+    if not roots:
+        raise CacheNotFound(f"{folder} holds no cache: no store.json below it")
+    for root in roots:
+        try:
+            snapshot = Cache.open(root).latest()
+        except CacheError as error:
+            yield f"{root}  {error}"
+            continue
+        size = f"{tree_bytes(root) / 1e6:.1f} MB"
+        if snapshot is None:
+            yield f"{root}  not sealed  {size}"
+        else:
+            yield f"{root}  {len(snapshot)} samples  {size}  sealed {snapshot.header['created']}"
+
+
+def describe(root: Path) -> list[str]:
+    """Return what a cache holds.
+
+    Raises:
+        CacheNotFound, CacheCorrupt, CacheSchemaError: There is no cache, or it cannot be read.
+    """
+    cache = Cache.open(root)
+    with disk_errors(root):
+        snapshot = cache.latest()
+        contents = read_journal(root)
+        live = contents.live_commits()
+        statistics = read_statistics(root, {commit.segment for commit in live})
+        disk_bytes = tree_bytes(root)
+    lines = [f"backend     {cache.backend}", f"segments    {len(live)}", f"on disk     {disk_bytes / 1e6:.2f} MB"]
+    lines += ["snapshots   none is sealed"] if snapshot is None else _describe_snapshot(snapshot)
+    for field, ranges in statistics.items():
+        spans = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in ranges.items())
+        lines.append(f"{field}: {spans}")
+    return lines
+
+
+def explain(root: Path, sample_id: str | None) -> Iterator[str]:
+    """Yield what the samples of the newest snapshot are made of: their source, and the key of each record; then how.
+
+    Args:
+        root: The cache.
+        sample_id: The first digits of an id; None yields all samples.
+
+    Raises:
+        CacheNotFound: There is no cache, no snapshot, or no such sample.
+    """
+    snapshot = Cache.open(root).latest()
+    if snapshot is None:
+        raise CacheNotFound(f"{root} has no snapshot; run data-process to its end first")
+    found = False
+    for sample in snapshot.samples():
+        if sample_id is None or sample.sample_id.startswith(sample_id):
+            found = True
+            yield from _explain_sample(sample)
+    if not found:
+        raise CacheNotFound(f"{root} has no sample {sample_id!r}; `diffsynth-pipe cache explain {root}` lists them")
+    for unit, name in snapshot.header.get("units", {}).items():
+        recipe = read_recipe(root, name)
+        yield f"recipe {name} of {unit}: {'lost' if recipe is None else json.dumps(recipe, sort_keys=True)}"
+
+
+def _explain_sample(sample: SealedSample) -> Iterator[str]:
+    yield f"sample {sample.sample_id}  {sample.bucket}  {sample.source}"
+    for unit, key in sorted(sample.keys.items()):
+        yield f"  {unit} {key}"
+
+
+def _describe_snapshot(snapshot: Snapshot) -> list[str]:
+    snapshot.check_files()
+    buckets = ", ".join(f"{name} ({len(members)})" for name, members in snapshot.bucket_members.items())
+    records = ", ".join(
+        f"{unit} {count} ({len(snapshot) - count} duplicates saved)" for unit, count in snapshot.num_records.items()
+    )
+    header = snapshot.header
+    lines = [
+        f"payload     {snapshot.payload_bytes / 1e6:.2f} MB",
+        f"snapshot    {snapshot.number}, sealed {header['created']}, family {header.get('family')}, {snapshot.digest}",
+        f"samples     {len(snapshot)}",
+        f"buckets     {buckets}",
+        f"records     {records}",
+    ]
+    return lines + [f"recipe      {unit} {name}" for unit, name in header.get("units", {}).items()]

@@ -1,0 +1,68 @@
+"""Which records a run would encode again, and what changed since the cache was sealed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from diffsynth_pipe.fingerprint import json_digest
+from diffsynth_pipe.stages.plan import latest_snapshot, plan_encoding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from diffsynth_pipe.config import RunConfig
+
+
+def explain_changes(root: Path, config: RunConfig) -> Iterator[str]:
+    """Yield a line for each recipe and each sample that is not as in the newest snapshot.
+
+    Samples are compared by their source first, then by their id: an edited caption keeps the row, a moved row the id.
+
+    Raises:
+        CacheNotFound: Nothing is sealed.
+        DataError, ModelError, ConfigError: As their messages say.
+    """
+    from cache_store.manifest import read_recipe
+
+    snapshot = latest_snapshot(config)
+    encoding = plan_encoding(config)
+    sealed_recipes: Mapping[str, str] = snapshot.header.get("units", {})
+    changed_units = set()
+    for unit, recipe in encoding.recipes.items():
+        sealed_id = sealed_recipes.get(unit)
+        if sealed_id == json_digest(recipe):
+            continue
+        changed_units.add(unit)
+        sealed = None if sealed_id is None else read_recipe(root, sealed_id)
+        yield f"recipe of {unit}: {_difference(sealed, recipe)}"
+    sealed_samples = list(snapshot.samples())
+    by_source = {sample.source: sample for sample in sealed_samples}
+    by_id = {sample.sample_id: sample for sample in sealed_samples}
+    num_same = num_new = 0
+    matched = set()
+    for sample, keys in zip(encoding.samples, encoding.keys, strict=True):
+        known = by_source.get(sample.source) or by_id.get(sample.sample_id)
+        if known is None:
+            num_new += 1
+            yield f"{sample.source}: new"
+            continue
+        matched.add(known.sample_id)
+        changed = [unit for unit in encoding.cut.cached if known.keys.get(unit.name) != keys[unit.name]]
+        num_same += not changed
+        reasons = [
+            f"{unit.name} by its {'recipe' if unit.name in changed_units else ' or '.join(unit.inputs)}"
+            for unit in changed
+        ]
+        if reasons:
+            yield f"{sample.source}: {', '.join(reasons)}"
+    num_gone = len(by_id.keys() - matched)
+    num_changed = len(encoding.samples) - num_same - num_new
+    yield f"samples: {num_same} as sealed, {num_changed} changed, {num_new} new, {num_gone} gone"
+
+
+def _difference(sealed: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> str:
+    if sealed is None:
+        return "the sealed one is lost, or the unit was not cached"
+    names = sorted(name for name in sealed.keys() | recipe.keys() if sealed.get(name) != recipe.get(name))
+    return ", ".join(f"{name} was {sealed.get(name)!r}, is {recipe.get(name)!r}" for name in names)
