@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 Columns = dict[str, "NDArray[Any]"]
 
+# One table per field and one for the arrays: each column of its own would cost a member of the file, some 250 bytes.
+_PLACEMENT = np.dtype([("array", "<i4"), ("start", "<i8"), ("num_rows", "<i4"), ("digest", "<u4")])
+_ARRAY = np.dtype([("segment", "<i4"), ("layout", "<i4"), ("num_chunks", "<i8"), ("num_bytes", "<i8")])
+
 
 @dataclass(frozen=True, slots=True)
 class SealedSample:
@@ -112,13 +116,10 @@ class Snapshot:
         for layout, _ in layouts:
             self.fields[layout.spec.name] = layout.spec
         self.arrays = [
-            SegmentArray(layouts[layout].layout, num_chunks)
-            for layout, num_chunks in zip(
-                columns["array_layout"].tolist(), columns["array_num_chunks"].tolist(), strict=True
-            )
+            SegmentArray(layouts[layout].layout, num_chunks) for _, layout, num_chunks, _ in columns["arrays"].tolist()
         ]
-        self.array_segments: NDArray[np.int32] = columns["array_segment"]
-        self.array_bytes: NDArray[np.int64] = columns["array_bytes"]
+        self.array_segments: NDArray[np.int32] = columns["arrays"]["segment"]
+        self.array_bytes: NDArray[np.int64] = columns["arrays"]["num_bytes"]
         self.buckets: NDArray[np.int32] = columns["sample_bucket"]
 
     @classmethod
@@ -147,7 +148,9 @@ class Snapshot:
             raise CacheNotFound(f"{path} is missing; run data-process to seal the cache again") from None
         except CacheSchemaError:
             raise
-        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, NotImplementedError, OSError) as error:
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError, RuntimeError, OSError) as error:
+            # All that flipping each bit of a snapshot raises; RuntimeError is zipfile's for a member that now says it
+            # is encrypted, or compressed in an unknown way.
             raise CacheCorrupt(f"{path} is damaged: {error}; run data-process to seal the cache again") from error
         return snapshot
 
@@ -185,10 +188,8 @@ class Snapshot:
     def payload_bytes(self) -> int:
         """Bytes of all its records' values."""
         row_bytes = np.array([array.layout.row_bytes for array in self.arrays], np.int64)
-        return sum(
-            int((row_bytes[self._columns[f"{field}.array"]] * self._columns[f"{field}.num_rows"]).sum())
-            for field in self.fields
-        )
+        tables = (self._columns[f"{field}.placement"] for field in self.fields)
+        return sum(int((row_bytes[table["array"]] * table["num_rows"]).sum()) for table in tables)
 
     def has_columns(self, columns: Columns) -> bool:
         """Tell whether it lists the same samples, and reads their records from the same places."""
@@ -207,7 +208,7 @@ class Snapshot:
         The array is a number in ``arrays``.
         """
         rows = self._columns[f"{self.field_units[field]}.record"][positions]
-        return np.stack([self._columns[f"{field}.{column}"][rows] for column in PLACEMENT_COLUMNS], axis=1)
+        return _placement_rows(self._columns[f"{field}.placement"][rows])
 
     def samples(self) -> Iterator[SealedSample]:
         """Yield its samples as they were sealed."""
@@ -226,10 +227,7 @@ class Snapshot:
         for unit in self.num_records:
             fields = [field for field, owner in self.field_units.items() if owner == unit]
             keys = np.array(self._record_keys(unit))
-            placements = {
-                field: np.stack([self._columns[f"{field}.{column}"] for column in PLACEMENT_COLUMNS], axis=1)
-                for field in fields
-            }
+            placements = {field: _placement_rows(self._columns[f"{field}.placement"]) for field in fields}
             segments = self.array_segments[placements[fields[0]][:, 0]]
             order = np.argsort(segments, kind="stable")
             ends = np.cumsum(np.bincount(segments, minlength=len(self.segments)))
@@ -340,21 +338,22 @@ def tabulate(samples: Iterable[SealedSample], index: RecordIndex) -> tuple[Colum
                     f"field {field!r} of unit {unit!r} is not in all records; encode into a new cache_path"
                 )
             field_units[field] = unit
-            columns[f"{field}.array"], columns[f"{field}.start"] = items[:, 0], items[:, 1]
-            columns[f"{field}.num_rows"] = items[:, 2].astype(np.int32)
-            columns[f"{field}.digest"] = items[:, 3].astype(np.uint32)
+            table = columns[f"{field}.placement"] = np.empty(len(items), _PLACEMENT)
+            for name, values in zip(PLACEMENT_COLUMNS, items.T, strict=True):
+                table[name] = values
     document: dict[str, Any] = {"buckets": list(bucket_numbers), "field_units": field_units}
     document |= _tabulate_arrays(columns, field_units, index)
     document["num_columns"] = len(columns)
-    columns["document"] = np.frombuffer(json.dumps(document).encode(), np.uint8)
+    columns["document"] = _json_column(document)
     return columns, digest.hexdigest()
 
 
 def _tabulate_arrays(columns: Columns, fields: Iterable[str], index: RecordIndex) -> dict[str, Any]:
     """Renumber the arrays that the placements use, and describe them."""
-    used = np.unique(np.concatenate([np.unique(columns[f"{field}.array"]) for field in fields]))
-    for field in fields:
-        columns[f"{field}.array"] = np.searchsorted(used, columns[f"{field}.array"]).astype(np.int32)
+    tables = [columns[f"{field}.placement"] for field in fields]
+    used = np.unique(np.concatenate([np.unique(table["array"]) for table in tables]))
+    for table in tables:
+        table["array"] = np.searchsorted(used, table["array"])
     arrays = [index.arrays[number] for number in used.tolist()]
     layouts = {layout: number for number, layout in enumerate(dict.fromkeys(found.layout for _, found, _ in arrays))}
     specs = {layout.spec.name: layout.spec for layout in layouts}
@@ -362,10 +361,13 @@ def _tabulate_arrays(columns: Columns, fields: Iterable[str], index: RecordIndex
         if layout.spec != specs[layout.spec.name]:
             raise CacheError(f"field {layout.spec.name!r} is stored as {layout.spec} and {specs[layout.spec.name]}")
     segments = {number: place for place, number in enumerate(dict.fromkeys(segment for segment, _, _ in arrays))}
-    columns["array_segment"] = np.array([segments[segment] for segment, _, _ in arrays], np.int32)
-    columns["array_layout"] = np.array([layouts[found.layout] for _, found, _ in arrays], np.int32)
-    columns["array_num_chunks"] = np.array([found.num_chunks for _, found, _ in arrays], np.int64)
-    columns["array_bytes"] = np.array([num_bytes for _, _, num_bytes in arrays], np.int64)
+    columns["arrays"] = np.array(
+        [
+            (segments[segment], layouts[found.layout], found.num_chunks, num_bytes)
+            for segment, found, num_bytes in arrays
+        ],
+        _ARRAY,
+    )
     return {
         "segments": [index.segments[number] for number in segments],
         "layouts": [encode_array(SegmentArray(layout, 0)) for layout in layouts],
@@ -379,8 +381,11 @@ def publish(root: Path, number: int, columns: Columns, header: Mapping[str, Any]
         FileExistsError: There is one of this number.
         OSError: The disk refuses.
     """
-    text = np.frombuffer(json.dumps({**header, "number": number}).encode(), np.uint8)
-    members: dict[str, Any] = {"schema": np.int64(SCHEMA), "header": text, **columns}
+    members: dict[str, Any] = {
+        "schema": np.int64(SCHEMA),
+        "header": _json_column({**header, "number": number}),
+        **columns,
+    }
     unfinished = root / SCRATCH / f"snapshot-{os.getpid()}-{secrets.token_hex(4)}"
     path = snapshot_path(root, number)
     try:
@@ -394,6 +399,15 @@ def publish(root: Path, number: int, columns: Columns, header: Mapping[str, Any]
         unfinished.unlink(missing_ok=True)
     fsync_folder(path.parent)
     write_seal(root, number)
+
+
+def _json_column(value: Mapping[str, Any]) -> NDArray[np.uint8]:
+    return np.frombuffer(json.dumps(value, separators=(",", ":")).encode(), np.uint8)
+
+
+def _placement_rows(table: NDArray[Any]) -> NDArray[np.int64]:
+    """Return a table of placements as int64 ``[rows, 4]``."""
+    return np.stack([table[column] for column in PLACEMENT_COLUMNS], axis=1, dtype=np.int64)
 
 
 def write_seal(root: Path, number: int) -> None:

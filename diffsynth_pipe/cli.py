@@ -74,7 +74,7 @@ def _parser() -> FlagParser:
 
     tiny = commands.add_parser("tiny-model", help="write a tiny repository with random weights, for trials on a CPU")
     tiny.add_argument("folder", metavar="FOLDER", type=Path)
-    tiny.add_argument("--family", default=RunConfig.model_fields["family"].default, help="default: %(default)s")
+    _add_family(tiny)
     tiny.set_defaults(command=_tiny_model)
     return parser
 
@@ -102,14 +102,18 @@ def _add_cache_commands(parser: argparse.ArgumentParser) -> None:
     gc.add_argument("--unsealed", action="store_true", help="also records that no snapshot ever named")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     add("compact", _cache_compact, "copy the records of many small segments into few large ones")
-    add("import-diffsynth", _cache_import, "fill a new cache from the .pth records of DiffSynth-Studio").add_argument(
-        "source", metavar="SOURCE", type=Path, help="output_path of its sft:data_process"
-    )
+    imported = add("import-diffsynth", _cache_import, "fill a new cache from the .pth records of DiffSynth-Studio")
+    imported.add_argument("source", metavar="SOURCE", type=Path, help="output_path of its sft:data_process")
+    _add_family(imported)
     explain = add("explain", _cache_explain, "what the samples were made of; with a run file, what changed since")
     explain.add_argument("--sample", metavar="ID", help="the first digits of an id; default: all samples")
     for with_run in (repair, explain):
         add_config_flags(with_run)
         with_run.usage = "%(prog)s CACHE [RUN.yaml] [--flag value ...]"
+
+
+def _add_family(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", default=RunConfig.model_fields["family"].default, help="default: %(default)s")
 
 
 def _positive(text: str) -> int:
@@ -220,7 +224,7 @@ def _cache_compact(args: argparse.Namespace) -> None:
 def _cache_import(args: argparse.Namespace) -> None:
     from diffsynth_pipe.stages.import_diffsynth import import_diffsynth
 
-    _print_result(import_diffsynth(args.source, args.root, RunConfig.model_fields["family"].default))
+    _print_result(import_diffsynth(args.source, args.root, args.family))
 
 
 def _cache_explain(args: argparse.Namespace) -> None:

@@ -228,7 +228,7 @@ def test_an_encoder_that_yields_nan_is_refused(cli, run_file, run_config, tiny_r
 def test_the_demo_cache_is_little_more_than_its_tensors(run_config):
     demo = Path(__file__).parents[2] / "deploy" / "demo"
     summary = data_process(
-        run_config(dataset_base_path=str(demo), dataset_metadata_path=str(demo / "metadata.csv"), max_pixels=131072)
+        run_config(dataset_base_path=str(demo), dataset_metadata_path=str(demo / "metadata.csv"), max_pixels=65536)
     ).summary
     # Counted apart from the store: bf16 latents of every size, and the tokens of every distinct caption.
     assert summary["num_samples"] == 18

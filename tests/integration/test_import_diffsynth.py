@@ -10,6 +10,7 @@ from PIL import Image
 from cache_store.contract import RecordRefused
 from cache_store.reader import BatchReader
 from cache_store.store import Cache
+from diffsynth_pipe.cli import main
 from diffsynth_pipe.errors import DataError
 from diffsynth_pipe.stages.import_diffsynth import import_diffsynth
 
@@ -106,6 +107,18 @@ def test_nan_is_refused_by_name(source, tmp_path):
     torch.save((shared, positive, negative), source / "0" / "1.pth")
     with pytest.raises(RecordRefused, match=r"0/1\.pth"):
         import_diffsynth(source, tmp_path / "cache", "qwen_image")
+
+
+def test_the_command_imports_and_refuses_in_one_line(source, tmp_path, capsys):
+    assert main(["cache", "import-diffsynth", str(tmp_path / "cache"), str(source)]) == 0
+    assert "num_samples: 3" in capsys.readouterr().out
+    assert len(Cache.open(tmp_path / "cache").latest()) == 3
+    (source / "0" / "1.pth").write_bytes(b"PK no zip")
+    for arguments, word in (([], "1.pth"), (["--family", "nothing"], "'nothing' is not one of")):
+        assert main(["cache", "import-diffsynth", str(tmp_path / "other"), str(source), *arguments]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert word in line
+    assert not (tmp_path / "other").exists() or Cache.open(tmp_path / "other").latest() is None
 
 
 def test_a_folder_without_records_is_refused(tmp_path):

@@ -8,14 +8,13 @@ with its values. Damage: a file of a small cache is deleted, cut, emptied, flipp
 import collections
 import contextlib
 import functools
+import multiprocessing
 import os
 import random
 import re
-import signal
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
@@ -60,29 +59,14 @@ def seal(root):
 
 def again(work, counts, name):
     """Do a thing until killed; note that it was done, or refused because others were at work."""
+    pause = random.Random()  # a seed of its own in each process
     while True:
         try:
             work()
             os.write(counts, f"{name}\n".encode())
         except CacheError:
             os.write(counts, f"{name} refused\n".encode())
-        time.sleep(random.uniform(0, 0.02))
-
-
-def fork(work):
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        random.seed()
-        work()
-        status = 0
-    except Exception:
-        traceback.print_exc()
-        raise
-    finally:
-        os._exit(status)
+        time.sleep(pause.uniform(0, 0.02))
 
 
 def torture_by_kills(root, backend, num_rounds, rng):
@@ -98,12 +82,16 @@ def torture_by_kills(root, backend, num_rounds, rng):
             lambda: again(lambda: compact(Cache.open(root)), logs["ops"], "compact"),
             lambda: again(lambda: collect_garbage(root, keep=1, grace_s=0), logs["ops"], "gc"),
         ]
-        children = [fork(work) for work in works]
+        children = [multiprocessing.get_context("fork").Process(target=work) for work in works]
+        for child in children:
+            child.start()
         time.sleep(rng.uniform(0.02, 0.6))
         rng.shuffle(children)
         for child in children:
-            os.kill(child, signal.SIGKILL)
-        failed = [child for child in children if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1]
+            child.kill()
+        for child in children:
+            child.join()
+        failed = [child for child in children if child.exitcode == 1]
         assert not failed, f"round {round_number}: a process failed"
         check_after_kill(root, round_number)
     counts = collections.Counter(root.with_suffix(".ops").read_text().splitlines())
