@@ -1,5 +1,6 @@
 """A stopped command line takes the server that Prefect started for it along."""
 
+import contextlib
 import os
 import select
 import signal
@@ -19,8 +20,8 @@ def stage(config, force, on_line):
     from prefect.server.api.server import SubprocessASGIServer
     server, = SubprocessASGIServer._instances.values()
     on_line(f"server {server.server_process.pid}")
-    while True:
-        signal.pause()
+    command = [sys.executable, "-c", "import signal; signal.pause()"]
+    launch.run_supervised(command, run_dir=Path(sys.argv[1]), log_name="stage.log", on_line=on_line)
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 launch.launch_data_process = stage
@@ -43,11 +44,12 @@ def test_stopped_command_leaves_no_server(tmp_path, number):
         server = os.pidfd_open(int(line.split()[1]))
         try:
             process.send_signal(number)
-            exit_code = process.wait(60)
+            process.communicate(timeout=60)
             ended, _, _ = select.select([server], [], [], 10)
-            if not ended:
-                signal.pidfd_send_signal(server, signal.SIGKILL)
             assert ended, "the server outlived the command"
-            assert exit_code == 128 + number
+            assert process.returncode == 128 + number
         finally:
+            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(server, signal.SIGKILL)
             os.close(server)
