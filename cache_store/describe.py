@@ -6,20 +6,19 @@ import json
 from typing import TYPE_CHECKING
 
 from cache_store.contract import CacheError, CacheNotFound
-from cache_store.durable import disk_errors
+from cache_store.durable import disk_errors, file_sizes
 from cache_store.journal import read_journal, read_statistics
-from cache_store.maintain import tree_bytes
 from cache_store.manifest import read_recipe
 from cache_store.store import Cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from cache_store.object_path import Root
     from cache_store.snapshot import SealedSample, Snapshot
 
 
-def list_caches(folder: Path) -> Iterator[str]:
+def list_caches(folder: Root) -> Iterator[str]:
     """Yield a line for each cache below a folder.
 
     Raises:
@@ -34,14 +33,14 @@ def list_caches(folder: Path) -> Iterator[str]:
         except CacheError as error:
             yield f"{root}  {error}"
             continue
-        size = f"{tree_bytes(root) / 1e6:.1f} MB"
+        size = f"{sum(file_sizes(root).values()) / 1e6:.1f} MB"
         if snapshot is None:
             yield f"{root}  not sealed  {size}"
         else:
             yield f"{root}  {len(snapshot)} samples  {size}  sealed {snapshot.header['created']}"
 
 
-def describe(root: Path) -> list[str]:
+def describe(root: Root) -> list[str]:
     """Return what a cache holds.
 
     Raises:
@@ -53,7 +52,7 @@ def describe(root: Path) -> list[str]:
         contents = read_journal(root)
         live = contents.live_commits()
         statistics = read_statistics(root, {commit.segment for commit in live})
-        disk_bytes = tree_bytes(root)
+        disk_bytes = sum(file_sizes(root).values())
     lines = [f"backend     {cache.backend}", f"segments    {len(live)}", f"on disk     {disk_bytes / 1e6:.2f} MB"]
     lines += ["snapshots   none is sealed"] if snapshot is None else _describe_snapshot(snapshot)
     for field, ranges in statistics.items():
@@ -62,7 +61,7 @@ def describe(root: Path) -> list[str]:
     return lines
 
 
-def explain(root: Path, sample_id: str | None) -> Iterator[str]:
+def explain(root: Root, sample_id: str | None) -> Iterator[str]:
     """Yield what the samples of the newest snapshot are made of: their source, and the key of each record; then how.
 
     Args:

@@ -6,25 +6,34 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import google_crc32c
 
 from cache_store.contract import CacheError
+from cache_store.object_path import ObjectPath
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from typing import Self
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from cache_store.object_path import Root
+
+NUM_REQUESTS = 32
+"""How many requests are in flight to an object store."""
+
 _BLOCK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def disk_errors(root: Path) -> Iterator[None]:
+def disk_errors(root: Root) -> Iterator[None]:
     """Turn an OSError into a CacheError that names the cache.
 
     Raises:
@@ -38,8 +47,10 @@ def disk_errors(root: Path) -> Iterator[None]:
         raise CacheError(f"cache {root}: {error}; check permissions and free space, then run again") from error
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+def fsync_folder(folder: Root) -> None:
+    """Make the names in a folder durable; in an object store they are."""
+    if isinstance(folder, ObjectPath):
+        return
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -50,21 +61,26 @@ def fsync_folder(folder: Path) -> None:
 class FolderLock:
     """A kernel lock on a folder, let go of when it is closed or its process ends, however it ends.
 
-    It is shared at first, and waits for an exclusive one to end. Locks bind the processes of one machine.
+    It is shared at first, and waits for an exclusive one to end. Locks bind the processes of one machine. In an object
+    store there are none: whoever needs to be alone never is.
     """
 
     _fd = -1
 
-    def __init__(self, folder: Path) -> None:
-        self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def __init__(self, folder: Root) -> None:
+        if isinstance(folder, Path):
+            self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.share()
 
     def share(self) -> None:
         """Let others share the folder, if they may not."""
-        fcntl.flock(self._fd, fcntl.LOCK_SH)
+        if self._fd >= 0:
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
 
     def try_exclude(self) -> bool:
         """Take the folder for this lock alone; False if another one shares it. Either way, hold at least a share."""
+        if self._fd < 0:
+            return False
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -125,7 +141,7 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def file_checksum(path: Path) -> int:
+def file_checksum(path: Root) -> int:
     """Return the crc32c of a file's bytes."""
     checksum = 0
     with path.open("rb", buffering=0) as file:
@@ -134,12 +150,86 @@ def file_checksum(path: Path) -> int:
     return checksum
 
 
-def replace_file(path: Path, data: bytes, scratch: Path) -> None:
+def replace_file(path: Root, data: bytes, scratch: Root) -> None:
     """Publish a file whole under its name, by way of a file in the folder ``scratch`` on the same filesystem."""
+    if isinstance(path, ObjectPath):
+        path.put(data)
+        return
+    assert isinstance(scratch, Path)
     unfinished = scratch / f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
     write_file(unfinished, data)
     unfinished.replace(path)
     fsync_folder(path.parent)
+
+
+def scratch_folder(scratch: Root, name: str) -> Path:
+    """Make a new folder for what is unfinished: in a cache's own scratch folder, or near its writer if it is remote."""
+    if isinstance(scratch, ObjectPath):
+        return Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    folder = scratch / name
+    folder.mkdir()
+    return folder
+
+
+def publish_folder(unfinished: Path, published: Root) -> None:
+    """Give a finished folder its name. Of an upload that was broken off some files may be there."""
+    if isinstance(published, ObjectPath):
+        files = [path for path in unfinished.rglob("*") if path.is_file()]
+        with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+            list(pool.map(lambda path: (published / str(path.relative_to(unfinished))).put(path), files))
+        shutil.rmtree(unfinished)
+        return
+    unfinished.rename(published)
+    fsync_folder(published.parent)
+
+
+def publish_new_file(unfinished: Path, path: Root) -> None:
+    """Give a finished file its name, unless another one bears it.
+
+    Raises:
+        FileExistsError: It is taken; what is there stays as it is.
+    """
+    if isinstance(path, ObjectPath):
+        path.put(unfinished, create=True)
+        return
+    # unlike a rename, a link never replaces what is there
+    path.hardlink_to(unfinished)
+    fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def local_folder(folder: Root) -> Iterator[Path]:
+    """Yield a folder as one on this machine: itself, or a copy for the time being."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for name in folder.sizes():
+            (folder / name).download(Path(copy) / name)
+        yield Path(copy)
+
+
+def read_files(folder: Root, pattern: str) -> list[tuple[str, bytes]]:
+    """Return name and bytes of the files right in a folder whose names fit a pattern, in order of names."""
+    found: Iterator[Root] = folder.glob(pattern)
+    paths = sorted(found, key=lambda path: path.name)
+    if isinstance(folder, Path):
+        return [(path.name, path.read_bytes()) for path in paths]
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        return list(zip([path.name for path in paths], pool.map(lambda path: path.read_bytes(), paths), strict=True))
+
+
+def file_sizes(folder: Root) -> dict[str, int]:
+    """Return the bytes of all files below a folder by relative path."""
+    if isinstance(folder, ObjectPath):
+        return folder.sizes()
+    sizes = {}
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            path = os.path.join(parent, name)  # noqa: PTH118 - a Path for each of a million files takes seconds
+            with contextlib.suppress(FileNotFoundError):  # another process may be deleting it
+                sizes[os.path.relpath(path, folder)] = os.stat(path).st_size  # noqa: PTH116
+    return sizes
 
 
 def move_aside(path: Path) -> None:

@@ -14,14 +14,16 @@ import google_crc32c
 import numpy as np
 
 from cache_store.contract import ArrayLayout, CacheSchemaError, FieldSpec, Placement, SegmentArray
-from cache_store.durable import fsync_folder
+from cache_store.durable import file_sizes, fsync_folder, read_files
 from cache_store.manifest import JOURNAL, SCHEMA, SEGMENTS
+from cache_store.object_path import ObjectPath
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from cache_store.object_path import Root
 
 KEY_DIGITS = 32
 PLACEMENT_COLUMNS = Placement._fields
@@ -105,11 +107,17 @@ class JournalContents:
 
 
 class Journal:
-    """The journal file of one session, which is its only author."""
+    """The journal file of one session, which is its only author; in an object store each entry is a file."""
 
-    def __init__(self, root: Path, session: str) -> None:
+    _fd = -1
+
+    def __init__(self, root: Root, session: str) -> None:
         self._session = session
-        path = root / JOURNAL / f"{session}.jsonl"
+        self._folder = root / JOURNAL
+        self._num_entries = 0
+        if isinstance(self._folder, ObjectPath):
+            return
+        path = self._folder / f"{session}.jsonl"
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
         fsync_folder(path.parent)
 
@@ -119,6 +127,12 @@ class Journal:
         Raises:
             OSError: It may be there in part; nothing more may be appended to this file.
         """
+        if isinstance(self._folder, ObjectPath):
+            name = f"{self._session}-{self._num_entries:06d}"
+            line = encode_line({"schema": SCHEMA, "session": name, **entry})
+            (self._folder / f"{name}.jsonl").put(line, create=True)
+            self._num_entries += 1
+            return
         line = encode_line({"schema": SCHEMA, "session": self._session, **entry})
         if os.write(self._fd, line) != len(line):
             raise OSError(f"journal line of {len(line)} bytes was cut short")
@@ -126,7 +140,8 @@ class Journal:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 def new_session() -> str:
@@ -150,7 +165,7 @@ def decode_line(line: bytes) -> dict[str, Any] | None:
     return entry
 
 
-def retract(root: Path, segments: Mapping[str, Mapping[str, Collection[str]] | None]) -> None:
+def retract(root: Root, segments: Mapping[str, Mapping[str, Collection[str]] | None]) -> None:
     """Declare that records count no more, or whole segments; see ``JournalContents.retracted``."""
     values = {
         segment: None if units is None else {unit: "".join(sorted(keys)) for unit, keys in units.items()}
@@ -187,7 +202,7 @@ def decode_array(value: Mapping[str, Any]) -> SegmentArray:
     return SegmentArray(layout, value["num_chunks"])
 
 
-def read_commits(root: Path) -> list[Commit]:
+def read_commits(root: Root) -> list[Commit]:
     """Return the commits of all writers, in order of session and sequence.
 
     A line that fails its checksum was torn by a crash, and a file that is missing or of another size lost bytes: the
@@ -197,43 +212,45 @@ def read_commits(root: Path) -> list[Commit]:
         CacheSchemaError: A newer version wrote a line.
     """
     commits = []
-    for commit in read_journal(root).live_commits():
-        rest = commit.without(_lost_files(root / SEGMENTS / commit.segment, commit), {})
+    live = read_journal(root).live_commits()
+    sizes = file_sizes(root / SEGMENTS)
+    for commit in live:
+        rest = commit.without(_lost_files(commit, sizes), {})
         if rest.units:
             commits.append(rest)
     return commits
 
 
-def read_journal(root: Path) -> JournalContents:
+def read_journal(root: Root) -> JournalContents:
     """Read the journals of all sessions.
 
     Raises:
         CacheSchemaError: A newer version wrote a line.
     """
     contents = JournalContents()
-    for path in sorted((root / JOURNAL).glob("*.jsonl")):
-        name = f"{JOURNAL}/{path.name}"
-        lines = path.read_bytes().splitlines(keepends=True)
+    for file_name, data in read_files(root / JOURNAL, "*.jsonl"):
+        name, session = f"{JOURNAL}/{file_name}", file_name.removesuffix(".jsonl")
+        lines = data.splitlines(keepends=True)
         if not lines:
             contents.damage.append(f"{name} is empty: it lost its lines, or its writer was killed")
         for number, line in enumerate(lines, 1):
             entry = decode_line(line)
             if entry is None or not line.endswith(b"\n"):
                 contents.damage.append(f"{name} line {number} is damaged, or its writer was killed")
-            elif entry.get("session") != path.stem:
+            elif entry.get("session") != session:
                 contents.damage.append(f"{name} line {number} is of session {entry.get('session')!r}")
             if entry is not None:
-                _add_entry(contents, path, entry)
+                _add_entry(contents, root / JOURNAL / file_name, entry)
     # not in order of files: a renamed one must not change which of two records counts
     contents.commits.sort(key=lambda commit: commit.segment)
     return contents
 
 
-def read_statistics(root: Path, segments: Collection[str]) -> dict[str, dict[str, tuple[float, float]]]:
+def read_statistics(root: Root, segments: Collection[str]) -> dict[str, dict[str, tuple[float, float]]]:
     """Return, by field and statistic (min, max, mean, std), the range of its values over the records of segments."""
     ranges: dict[str, dict[str, tuple[float, float]]] = {}
-    for path in sorted((root / JOURNAL).glob("*.jsonl")):
-        for line in path.read_bytes().splitlines():
+    for _, data in read_files(root / JOURNAL, "*.jsonl"):
+        for line in data.splitlines():
             entry = decode_line(line)
             if entry is None or entry.get("segment") not in segments:
                 continue
@@ -247,7 +264,7 @@ def read_statistics(root: Path, segments: Collection[str]) -> dict[str, dict[str
     return ranges
 
 
-def _add_entry(contents: JournalContents, path: Path, entry: Mapping[str, Any]) -> None:
+def _add_entry(contents: JournalContents, path: Root, entry: Mapping[str, Any]) -> None:
     if entry["schema"] > SCHEMA:
         raise CacheSchemaError(f"{path}: schema {entry['schema']!r} is newer than {SCHEMA}; upgrade diffsynth-pipe")
     if "segment" in entry:
@@ -279,18 +296,10 @@ def _decode_commit(entry: Mapping[str, Any]) -> Commit:
     return Commit(entry["segment"], entry["backend"], arrays, files, units)
 
 
-def file_size(path: Path) -> int | None:
-    """Return the bytes of a file; None if there is no such file."""
-    try:
-        return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _lost_files(folder: Path, commit: Commit) -> set[str]:
+def _lost_files(commit: Commit, sizes: Mapping[str, int]) -> set[str]:
     """Return the files that hold records and are missing or not of the committed size."""
     names = {array.layout.file for array in commit.arrays}
-    return {name for name in names if file_size(folder / name) != commit.files[name][0]}
+    return {name for name in names if sizes.get(f"{commit.segment}/{name}") != commit.files[name][0]}
 
 
 class RecordIndex:

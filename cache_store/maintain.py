@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_store.backends import load_backend
 from cache_store.contract import CacheCorrupt, CacheError, CacheNotFound
-from cache_store.durable import FolderLock, disk_errors, file_checksum, fsync_folder, replace_file
+from cache_store.durable import FolderLock, disk_errors, file_checksum, fsync_folder, local_folder, replace_file
 from cache_store.journal import decode_line, read_journal, retract
 from cache_store.manifest import (
     JOURNAL,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from cache_store.journal import Commit
+    from cache_store.object_path import Root
     from cache_store.snapshot import Snapshot
     from cache_store.writer import Writer
 
@@ -64,7 +65,7 @@ class Repair:
     is_sealed: bool = False
 
 
-def repair(root: Path) -> Repair:
+def repair(root: Root) -> Repair:
     """Bring a damaged cache into a state that verifies, as far as it can be done without encoding.
 
     Whole records are copied out of damaged files; the records there are retracted by a journal line, so that those that
@@ -75,6 +76,7 @@ def repair(root: Path) -> Repair:
         CacheNotFound, CacheCorrupt, CacheSchemaError: There is no cache that this version could repair.
         CacheError: A writer is at work, or the disk refuses.
     """
+    root = _lockable(root, "repaired")
     if not root.is_dir():
         raise CacheNotFound(f"{root} is not a cache: no such folder")
     done = Repair()
@@ -96,6 +98,20 @@ def repair(root: Path) -> Repair:
         if newest is not None:
             _seal_again(Cache.open(root), newest, done)
     return done
+
+
+def _lockable(root: Root, purpose: str) -> Path:
+    """Return a cache that can be kept from its writers.
+
+    Raises:
+        CacheError: It lies in an object store, which has no locks.
+    """
+    if isinstance(root, Path):
+        return root
+    raise CacheError(
+        f"{root}: a cache in an object store cannot be {purpose}, for nothing would keep its writers away;"
+        f" `diffsynth-pipe cache export` its samples into a new cache"
+    )
 
 
 def _seal_again(cache: Cache, newest: Snapshot, done: Repair) -> None:
@@ -173,7 +189,7 @@ def _repair_segments(root: Path, newest: Snapshot | None, done: Repair) -> None:
     present: dict[str, set[str]] = {}
     lost: dict[str, set[str]] = {}
     for commit in commits:
-        damaged = set(damaged_files(root, commit, full=True))
+        damaged = set(damaged_files(root / SEGMENTS / commit.segment, commit, full=True))
         damaged -= _restore_metadata(root, commit, damaged, done)
         whole = commit.without(damaged, {})
         for unit, records in whole.units.items():
@@ -228,7 +244,7 @@ def _drop_damaged_recipes(root: Path, done: Repair) -> None:
             done.lines.append(f"{RECIPES}/{path.name}: removed, it is damaged")
 
 
-def _is_seal_wrong(path: Path, seal: Mapping[str, Any] | None) -> bool:
+def _is_seal_wrong(path: Root, seal: Mapping[str, Any] | None) -> bool:
     if seal is None or "lost" in seal:
         return True
     return bool(path.stat().st_size != seal["bytes"] or file_checksum(path) != seal["crc32c"])
@@ -257,7 +273,7 @@ class Garbage:
 
 
 def collect_garbage(
-    root: Path, *, keep: int = 2, grace_s: float = 86400.0, unsealed: bool = False, dry_run: bool = False
+    root: Root, *, keep: int = 2, grace_s: float = 86400.0, unsealed: bool = False, dry_run: bool = False
 ) -> Garbage:
     """Delete what no kept snapshot and no writer may need; return it.
 
@@ -274,19 +290,18 @@ def collect_garbage(
         CacheNotFound, CacheCorrupt, CacheSchemaError: There is no cache, or a snapshot to be kept is damaged.
         CacheError: A writer is at work, or the disk refuses.
     """
+    root = _lockable(root, "freed of garbage")
     cache = Cache.open(root)
     with disk_errors(root), FolderLock(root) as lock:
         if not lock.try_exclude():
             raise CacheError(f"cache {root} is in use; collect its garbage when nothing writes to it")
-        garbage = _find_garbage(cache, keep, time.time() - grace_s, unsealed)
+        garbage = _find_garbage(cache, root, keep, time.time() - grace_s, unsealed)
         if not dry_run:
             _delete(root, garbage)
     return garbage
 
 
-def _find_garbage(cache: Cache, keep: int, oldest_s: float, unsealed: bool) -> Garbage:
-    root = cache.root
-
+def _find_garbage(cache: Cache, root: Path, keep: int, oldest_s: float, unsealed: bool) -> Garbage:
     def is_old(path: Path) -> bool:
         return path.stat().st_mtime <= oldest_s
 
@@ -334,7 +349,7 @@ def _written_again(commits: Sequence[Commit]) -> set[str]:
 
 
 def _files_of_snapshot(root: Path, number: int) -> list[Path]:
-    return [path for path in (snapshot_path(root, number), seal_path(root, number)) if path.exists()]
+    return [path for path in (root / SNAPSHOTS).glob(f"{number:06d}.*") if path.suffix in (".npz", ".seal")]
 
 
 def _delete(root: Path, garbage: Garbage) -> None:
@@ -417,21 +432,21 @@ def compact(cache: Cache, *, segment_bytes: int = SEGMENT_BYTES) -> tuple[int, i
     with cache.writer(commit_seconds=math.inf, segment_bytes=segment_bytes) as writer:
         for commit in snapshot.commits():
             if commit.segment in small:
-                _copy_records(cache.root, commit, writer)
+                with local_folder(cache.root / SEGMENTS / commit.segment) as folder:
+                    _copy_records(folder, commit, writer)
     sealed = cache.seal(snapshot.samples(), snapshot.header, instead_of=snapshot.number)
     return len(num_bytes), len(sealed.segments)
 
 
-def _copy_records(root: Path, commit: Commit, writer: Writer) -> None:
-    folder = root / SEGMENTS / commit.segment
+def _copy_records(folder: Path, commit: Commit, writer: Writer) -> None:
     for unit, key, items in records_of(commit):
         fields = {}
         for name, (layout, place) in items.items():
             item = read_item(folder, commit.backend, layout, place)
             if item is None:
                 raise CacheCorrupt(
-                    f"{folder / layout.file}: {name} of {unit} record {key} is damaged;"
-                    f" run `diffsynth-pipe cache repair {root}`"
+                    f"{SEGMENTS}/{commit.segment}/{layout.file}: {name} of {unit} record {key} is damaged;"
+                    " run `diffsynth-pipe cache repair`"
                 )
             fields[name] = item
         writer.add(unit, key, fields, [layout.spec for layout, _ in items.values()])

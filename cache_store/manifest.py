@@ -14,7 +14,8 @@ from cache_store.durable import fsync_folder, replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
+
+    from cache_store.object_path import Root
 
 SCHEMA = 1
 FORMAT = "diffsynth-pipe cache"
@@ -25,7 +26,7 @@ RECIPES = "recipes"
 SNAPSHOTS = "snapshots"
 
 
-def read_manifest(root: Path) -> str:
+def read_manifest(root: Root) -> str:
     """Return the name of a cache's backend.
 
     Raises:
@@ -49,7 +50,7 @@ def read_manifest(root: Path) -> str:
     return str(manifest.get("backend"))
 
 
-def create_store(root: Path, backend: str) -> None:
+def create_store(root: Root, backend: str) -> None:
     """Make a folder a cache; what is there already is left alone."""
     scratch = root / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,7 @@ def create_store(root: Path, backend: str) -> None:
     fsync_folder(root)
 
 
-def write_manifest(root: Path, backend: str) -> None:
+def write_manifest(root: Root, backend: str) -> None:
     """Write ``store.json``, in place of one that was damaged if there is one."""
     manifest = {
         "schema": SCHEMA,
@@ -73,7 +74,7 @@ def write_manifest(root: Path, backend: str) -> None:
     replace_file(root / "store.json", encode_manifest(manifest), root / SCRATCH)
 
 
-def is_manifest_intact(root: Path) -> bool:
+def is_manifest_intact(root: Root) -> bool:
     """Tell whether ``store.json`` is as it was written."""
     try:
         data = (root / "store.json").read_bytes()
@@ -100,7 +101,7 @@ def recipe_id(recipe: Mapping[str, Any]) -> str:
     return blake3(canonical_json(recipe)).hexdigest(length=16)
 
 
-def write_recipe(root: Path, recipe: Mapping[str, Any]) -> str:
+def write_recipe(root: Root, recipe: Mapping[str, Any]) -> str:
     """Store a recipe under its id, once; return the id."""
     name = recipe_id(recipe)
     if read_recipe(root, name) is None:
@@ -108,7 +109,7 @@ def write_recipe(root: Path, recipe: Mapping[str, Any]) -> str:
     return name
 
 
-def read_recipe(root: Path, name: str) -> dict[str, Any] | None:
+def read_recipe(root: Root, name: str) -> dict[str, Any] | None:
     """Return the recipe of this id; None if it is missing or not what its name says."""
     try:
         data = (root / RECIPES / f"{name}.json").read_bytes()

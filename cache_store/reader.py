@@ -18,13 +18,16 @@ import numpy as np
 
 from cache_store.backends import load_backend
 from cache_store.contract import CHECKSUM_BYTES, CacheCorrupt, CacheError
+from cache_store.object_path import ObjectPath
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from numpy.typing import NDArray
 
+    from cache_store.local_copies import LocalCopies
     from cache_store.snapshot import Snapshot
 
     Bytes = NDArray[np.uint8]
@@ -134,6 +137,7 @@ class BatchReader:
         fields: Which fields to read; of other fields no byte is touched.
         num_threads: Read the items of one batch in parallel, for storage with latency; 0 reads them in turn.
         allocate: Where batches get their memory, see ``Buffers``.
+        copies: What was read before of a cache in an object store.
     """
 
     def __init__(
@@ -143,6 +147,7 @@ class BatchReader:
         *,
         num_threads: int = 0,
         allocate: Callable[[int], Bytes] | None = None,
+        copies: LocalCopies | None = None,
     ) -> None:
         for name in fields:
             if name not in snapshot.fields:
@@ -152,6 +157,7 @@ class BatchReader:
         self._num_threads = num_threads
         self._allocate = allocate or (lambda num_bytes: np.empty(num_bytes, np.uint8))
         self._backend = load_backend(snapshot.backend)
+        self._copies = copies
         self._checked: set[int] = set()
         self._start_process()
 
@@ -245,7 +251,11 @@ class BatchReader:
         return values.reshape(len(positions), *rows_shape, *first.item_shape), num_rows, items
 
     def _load(self, item: _Item) -> None:
-        file = self._open(item)
+        path = self.snapshot.array_path(item.array)
+        if isinstance(path, ObjectPath):
+            self._fetch(item, path)
+            return
+        file = self._open(item, path)
         for _ in range(_NUM_ATTEMPTS):
             try:
                 is_complete = _read_scattered(file.fd, item.scatter_list(), item.num_bytes, item.offset)
@@ -257,7 +267,48 @@ class BatchReader:
                 return
         raise self._corrupt(item, "fails its checksum")
 
-    def _open(self, item: _Item) -> _File:
+    def _fetch(self, item: _Item, path: ObjectPath) -> None:
+        """Read an item from its copy on this machine, or else from the object store."""
+        copy = self._open_copy(item) if self._copies is not None else None
+        if copy is not None:
+            is_there = _read_scattered(copy.fd, item.scatter_list(), item.num_bytes, item.offset)
+            if is_there and item.is_intact():
+                return
+        for _ in range(_NUM_ATTEMPTS):
+            try:
+                data = path.read_range(item.offset, item.num_bytes)
+            except FileNotFoundError:
+                raise self._corrupt(item, "is in a file that is missing") from None
+            if len(data) < item.num_bytes:
+                raise self._corrupt(item, "is cut short")
+            _scatter(data, item.scatter_list())
+            if item.is_intact():
+                if self._copies is not None and copy is not None:
+                    self._copies.keep(copy.fd, item.offset, data)
+                return
+        raise self._corrupt(item, "fails its checksum")
+
+    def _open_copy(self, item: _Item) -> _File:
+        assert self._copies is not None
+        number = item.array
+        with self._lock:
+            file = self._files.get(number)
+            if file is None:
+                snapshot = self.snapshot
+                segment = snapshot.segments[int(snapshot.array_segments[number])]
+                name, num_bytes = snapshot.arrays[number].layout.file, int(snapshot.array_bytes[number])
+                file = self._remember(number, _File(self._copies.open(segment, name, num_bytes)))
+            self._files.move_to_end(number)
+            return file
+
+    def _remember(self, number: int, file: _File) -> _File:
+        """Keep a file open; the lock is held."""
+        self._files[number] = file
+        if len(self._files) > _MAX_OPEN_FILES:
+            self._files.popitem(last=False)
+        return file
+
+    def _open(self, item: _Item, path: Path) -> _File:
         """Return the open file of an item; check it at its first use in this process."""
         number = item.array
         with self._lock:
@@ -265,7 +316,6 @@ class BatchReader:
             if file is not None:
                 self._files.move_to_end(number)
                 return file
-        path = self.snapshot.array_path(number)
         try:
             file = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             num_bytes = os.fstat(file.fd).st_size
@@ -279,10 +329,7 @@ class BatchReader:
             raise CacheError(f"{path} cannot be read: {error.strerror}") from error
         self._checked.add(number)
         with self._lock:
-            self._files[number] = file
-            if len(self._files) > _MAX_OPEN_FILES:
-                self._files.popitem(last=False)
-        return file
+            return self._remember(number, file)
 
     def _corrupt(self, item: _Item, problem: str) -> CacheCorrupt:
         snapshot = self.snapshot
@@ -311,6 +358,15 @@ def _read_scattered(fd: int, views: list[Any], num_bytes: int, offset: int) -> b
         if num_read:
             views[0] = views[0][num_read:]
     return True
+
+
+def _scatter(data: Any, views: list[Bytes]) -> None:
+    """Fill all views with what stands in ``data``, in order."""
+    source = np.frombuffer(data, np.uint8)
+    start = 0
+    for view in views:
+        view[:] = source[start : start + view.nbytes]
+        start += view.nbytes
 
 
 class Prefetcher:

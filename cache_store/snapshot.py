@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import zipfile
 from array import array
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 from blake3 import blake3
 
 from cache_store.contract import CacheCorrupt, CacheError, CacheNotFound, CacheSchemaError, SegmentArray
-from cache_store.durable import file_checksum, fsync_folder, replace_file
+from cache_store.durable import file_checksum, file_sizes, publish_new_file, replace_file, scratch_folder
 from cache_store.journal import (
     KEY_DIGITS,
     PLACEMENT_COLUMNS,
@@ -30,12 +31,12 @@ from cache_store.manifest import SCHEMA, SCRATCH, SEGMENTS, SNAPSHOTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from cache_store.contract import FieldSpec
     from cache_store.journal import RecordIndex
+    from cache_store.object_path import Root
 
 Columns = dict[str, "NDArray[Any]"]
 
@@ -100,7 +101,7 @@ class Snapshot:
         buckets: The bucket of each sample, as a position in ``bucket_names``.
     """
 
-    def __init__(self, root: Path, backend: str, number: int, path: Path, columns: Columns) -> None:
+    def __init__(self, root: Root, backend: str, number: int, path: Root, columns: Columns) -> None:
         self.root = root
         self.backend = backend
         self.number = number
@@ -123,7 +124,7 @@ class Snapshot:
         self.buckets: NDArray[np.int32] = columns["sample_bucket"]
 
     @classmethod
-    def open(cls, root: Path, backend: str, number: int) -> Self:
+    def open(cls, root: Root, backend: str, number: int) -> Self:
         """Open a snapshot by its number.
 
         Raises:
@@ -133,7 +134,7 @@ class Snapshot:
         """
         path = snapshot_path(root, number)
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 schema = int(file["schema"])
                 if schema > SCHEMA:
                     raise CacheSchemaError(f"{path}: schema {schema} is newer than {SCHEMA}; upgrade diffsynth-pipe")
@@ -244,11 +245,11 @@ class Snapshot:
         digits = self._columns[f"{unit}.key"].tobytes().hex()
         return [digits[i : i + KEY_DIGITS] for i in range(0, len(digits), KEY_DIGITS)]
 
-    def segment_folder(self, array_number: int) -> Path:
+    def segment_folder(self, array_number: int) -> Root:
         """Return the folder of the segment that an array belongs to."""
         return self.root / SEGMENTS / self.segments[int(self.array_segments[array_number])]
 
-    def array_path(self, array_number: int) -> Path:
+    def array_path(self, array_number: int) -> Root:
         """Return the file of an array."""
         return self.segment_folder(array_number) / self.arrays[array_number].layout.file
 
@@ -258,33 +259,34 @@ class Snapshot:
         Raises:
             CacheCorrupt: Names the first that is not.
         """
+        sizes = file_sizes(self.root / SEGMENTS)
         for number, num_bytes in enumerate(self.array_bytes.tolist()):
             path = self.array_path(number)
-            try:
-                found = path.stat().st_size
-            except (FileNotFoundError, NotADirectoryError):
-                raise CacheCorrupt(f"{path} is missing; run data-process again") from None
+            segment = self.segments[int(self.array_segments[number])]
+            found = sizes.get(f"{segment}/{self.arrays[number].layout.file}")
+            if found is None:
+                raise CacheCorrupt(f"{path} is missing; run data-process again")
             if found != num_bytes:
                 raise CacheCorrupt(f"{path} has {found} bytes, not {num_bytes}; run data-process again")
 
 
-def snapshot_path(root: Path, number: int) -> Path:
+def snapshot_path(root: Root, number: int) -> Root:
     """Return the file of a snapshot."""
     return root / SNAPSHOTS / f"{number:06d}.npz"
 
 
-def seal_path(root: Path, number: int) -> Path:
+def seal_path(root: Root, number: int) -> Root:
     """Return the file that vouches for a snapshot: one line with its size and crc32c, or that it was lost."""
     return root / SNAPSHOTS / f"{number:06d}.seal"
 
 
-def snapshot_numbers(root: Path) -> list[int]:
+def snapshot_numbers(root: Root) -> list[int]:
     """Return the numbers of all snapshots, in order; also of one whose file is missing and whose seal tells of it."""
     paths = (root / SNAPSHOTS).glob("*")
     return sorted({int(path.stem) for path in paths if path.suffix in (".npz", ".seal") and path.stem.isdigit()})
 
 
-def latest_number(root: Path) -> int | None:
+def latest_number(root: Root) -> int | None:
     """Return the number of the newest snapshot, if any."""
     return max(snapshot_numbers(root), default=None)
 
@@ -374,7 +376,7 @@ def _tabulate_arrays(columns: Columns, fields: Iterable[str], index: RecordIndex
     }
 
 
-def publish(root: Path, number: int, columns: Columns, header: Mapping[str, Any]) -> None:
+def publish(root: Root, number: int, columns: Columns, header: Mapping[str, Any]) -> None:
     """Write a snapshot, then its seal.
 
     Raises:
@@ -386,18 +388,15 @@ def publish(root: Path, number: int, columns: Columns, header: Mapping[str, Any]
         "header": _json_column({**header, "number": number}),
         **columns,
     }
-    unfinished = root / SCRATCH / f"snapshot-{os.getpid()}-{secrets.token_hex(4)}"
-    path = snapshot_path(root, number)
+    folder = scratch_folder(root / SCRATCH, f"snapshot-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with unfinished.open("xb") as file:
+        with (folder / "unfinished.npz").open("xb") as file:
             np.savez(file, **members)
             file.flush()
             os.fsync(file.fileno())
-        # unlike a rename, a link never replaces what is there
-        path.hardlink_to(unfinished)
+        publish_new_file(folder / "unfinished.npz", snapshot_path(root, number))
     finally:
-        unfinished.unlink(missing_ok=True)
-    fsync_folder(path.parent)
+        shutil.rmtree(folder, ignore_errors=True)
     write_seal(root, number)
 
 
@@ -410,20 +409,20 @@ def _placement_rows(table: NDArray[Any]) -> NDArray[np.int64]:
     return np.stack([table[column] for column in PLACEMENT_COLUMNS], axis=1, dtype=np.int64)
 
 
-def write_seal(root: Path, number: int) -> None:
+def write_seal(root: Root, number: int) -> None:
     """Vouch for the file of a snapshot as it stands."""
     path = snapshot_path(root, number)
     entry = {"schema": SCHEMA, "number": number, "bytes": path.stat().st_size, "crc32c": file_checksum(path)}
     replace_file(seal_path(root, number), encode_line(entry), root / SCRATCH)
 
 
-def write_loss(root: Path, number: int) -> None:
+def write_loss(root: Root, number: int) -> None:
     """Put on record that a snapshot was lost, so that no older one is taken for the newest."""
     entry = {"schema": SCHEMA, "number": number, "lost": True}
     replace_file(seal_path(root, number), encode_line(entry), root / SCRATCH)
 
 
-def read_seal(root: Path, number: int) -> dict[str, Any] | None:
+def read_seal(root: Root, number: int) -> dict[str, Any] | None:
     """Return what vouches for a snapshot; None if it is missing, damaged, or of another snapshot."""
     try:
         line = seal_path(root, number).read_bytes()

@@ -16,8 +16,8 @@ from cache_store.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
+    from cache_store.object_path import Root
     from cache_store.snapshot import Columns
 
 __all__ = ["Cache", "SealedSample", "Snapshot", "Writer", "recipe_id", "samples_digest"]
@@ -31,13 +31,13 @@ class Cache:
         backend: Name of the file format of its segments.
     """
 
-    def __init__(self, root: Path, backend: str) -> None:
+    def __init__(self, root: Root, backend: str) -> None:
         self.root = root
         self.backend = backend
         self._backend = load_backend(backend)
 
     @classmethod
-    def open(cls, root: Path) -> Cache:
+    def open(cls, root: Root) -> Cache:
         """Open a cache.
 
         Raises:
@@ -48,7 +48,7 @@ class Cache:
         return cls(root, read_manifest(root))
 
     @classmethod
-    def open_or_new(cls, root: Path, backend: str = "zarr") -> Cache:
+    def open_or_new(cls, root: Root, backend: str = "zarr") -> Cache:
         """Open a cache, or prepare one that the first record creates; nothing is written before.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -9,25 +10,25 @@ import numpy as np
 
 from cache_store.backends import load_backend
 from cache_store.contract import CHECKSUM_BYTES, CacheCorrupt, CacheNotFound, Placement
-from cache_store.durable import FolderLock, disk_errors, file_checksum
-from cache_store.journal import file_size, read_journal
+from cache_store.durable import FolderLock, disk_errors, file_checksum, file_sizes, local_folder
+from cache_store.journal import read_journal
 from cache_store.manifest import RECIPES, SEGMENTS, SNAPSHOTS, is_manifest_intact, read_manifest, read_recipe
 from cache_store.snapshot import Snapshot, read_seal, seal_path, snapshot_numbers, snapshot_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from cache_store.contract import ArrayLayout
     from cache_store.journal import Commit, JournalContents
+    from cache_store.object_path import Root
 
 Items = dict[str, "tuple[ArrayLayout, Placement]"]
 """Where the items of one record lie, by field."""
 
 
-def verify(root: Path, *, full: bool) -> list[str]:
+def verify(root: Root, *, full: bool) -> list[str]:
     """Look for damage; change nothing.
 
     Args:
@@ -100,16 +101,19 @@ def read_item(folder: Path, backend_name: str, layout: ArrayLayout, place: Place
     return values.view(layout.spec.storage_dtype).reshape(shape)
 
 
-def damaged_files(root: Path, commit: Commit, *, full: bool) -> dict[str, str]:
-    """Return the files of a segment that are not as committed, and what is wrong; files without a record count not."""
-    folder = root / SEGMENTS / commit.segment
+def damaged_files(folder: Root, commit: Commit, *, full: bool) -> dict[str, str]:
+    """Return the files of a segment that are not as committed, and what is wrong; files without a record count not.
+
+    To read them in full, the folder must be on this machine.
+    """
     arrays = {array.layout.file for array in commit.arrays}
     live = commit.live_files()
+    sizes = file_sizes(folder)
     problems = {}
     for name, (num_bytes, checksum) in commit.files.items():
         if name in arrays and name not in live:
             continue
-        found = file_size(folder / name)
+        found = sizes.get(name)
         if found is None:
             problems[name] = "is missing"
         elif found != num_bytes:
@@ -117,6 +121,7 @@ def damaged_files(root: Path, commit: Commit, *, full: bool) -> dict[str, str]:
         elif full and _checksum_of(folder / name) != checksum:
             problems[name] = "fails its checksum"
     if full:
+        assert isinstance(folder, Path)
         # A crc32c is blind to items that each come with their own: any others give the file the same checksum.
         for _, _, items in records_of(commit):
             for layout, place in items.values():
@@ -125,7 +130,7 @@ def damaged_files(root: Path, commit: Commit, *, full: bool) -> dict[str, str]:
     return problems
 
 
-def check_snapshot(root: Path, backend: str, number: int) -> Snapshot | None:
+def check_snapshot(root: Root, backend: str, number: int) -> Snapshot | None:
     """Return a snapshot; None if its file is missing or damaged."""
     try:
         return Snapshot.open(root, backend, number)
@@ -133,20 +138,20 @@ def check_snapshot(root: Path, backend: str, number: int) -> Snapshot | None:
         return None
 
 
-def _checksum_of(path: Path) -> int | None:
+def _checksum_of(path: Root) -> int | None:
     try:
         return file_checksum(path)
     except OSError:
         return None
 
 
-def segments_without_line(root: Path, contents: JournalContents) -> list[str]:
+def segments_without_line(root: Root, contents: JournalContents) -> list[str]:
     """Return the segments that no journal knows."""
     known = {commit.segment for commit in contents.commits} | contents.retracted.keys()
     return sorted(path.name for path in (root / SEGMENTS).glob("*") if path.name not in known)
 
 
-def _check_snapshots(root: Path, backend: str, full: bool) -> tuple[list[str], Snapshot | None]:
+def _check_snapshots(root: Root, backend: str, full: bool) -> tuple[list[str], Snapshot | None]:
     """Return the damage of all snapshots, and the newest one unless it is damaged."""
     lines: list[str] = []
     newest = None
@@ -162,35 +167,38 @@ def _check_snapshots(root: Path, backend: str, full: bool) -> tuple[list[str], S
             continue
         if newest is None:
             lines.append(f"{SNAPSHOTS}/{path.name} is missing or damaged")
-        elif seal and (file_size(path) != seal["bytes"] or (full and _checksum_of(path) != seal["crc32c"])):
+        elif seal and (path.stat().st_size != seal["bytes"] or (full and _checksum_of(path) != seal["crc32c"])):
             lines.append(f"{SNAPSHOTS}/{path.name} fails its checksum")
     return lines, newest
 
 
-def _check_recipes(root: Path, newest: Snapshot | None) -> list[str]:
+def _check_recipes(root: Root, newest: Snapshot | None) -> list[str]:
     names = {path.stem for path in (root / RECIPES).glob("*.json")}
     if newest is not None:
         names |= set(newest.header.get("units", {}).values())
     return [f"{RECIPES}/{name}.json is missing or damaged" for name in sorted(names) if read_recipe(root, name) is None]
 
 
-def _check_commits(root: Path, commits: list[Commit], newest: Snapshot | None, full: bool) -> list[str]:
+def _check_commits(root: Root, commits: list[Commit], newest: Snapshot | None, full: bool) -> list[str]:
     lines: list[str] = []
     damaged: dict[tuple[str, str], dict[str, str]] = {}
     for commit in commits:
-        problems = damaged_files(root, commit, full=full)
+        segment = root / SEGMENTS / commit.segment
+        if full:
+            with local_folder(segment) as folder:
+                problems = damaged_files(folder, commit, full=True)
+                for unit, key, items in _damaged_records(folder, commit, problems):
+                    damaged[unit, key] = items
+        else:
+            problems = damaged_files(segment, commit, full=False)
         lines += [f"{SEGMENTS}/{commit.segment}/{name} {problem}" for name, problem in problems.items()]
-        if full and problems:
-            for unit, key, items in _damaged_records(root, commit, problems):
-                damaged[unit, key] = items
     return lines + _name_samples(damaged, newest)
 
 
 def _damaged_records(
-    root: Path, commit: Commit, files: Mapping[str, str] | None = None
+    folder: Path, commit: Commit, files: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, str, dict[str, str]]]:
     """Yield the unit and the key of damaged records, and by field the file; looks into some files, or all."""
-    folder = root / SEGMENTS / commit.segment
     for unit, key, items in records_of(commit):
         lost = {
             field: f"{SEGMENTS}/{commit.segment}/{layout.file}"
@@ -220,7 +228,7 @@ def _name_samples(damaged: Mapping[tuple[str, str], Mapping[str, str]], newest: 
     return lines
 
 
-def _check_references(root: Path, commits: list[Commit], newest: Snapshot, full: bool) -> list[str]:
+def _check_references(root: Root, commits: list[Commit], newest: Snapshot, full: bool) -> list[str]:
     """Return what the newest snapshot reads that no journal vouches for."""
     journaled = {commit.segment: commit for commit in commits}
     lines: list[str] = []
@@ -237,5 +245,6 @@ def _check_references(root: Path, commits: list[Commit], newest: Snapshot, full:
             if full:
                 rest = commit.without((), names)
                 if rest.units:
-                    damaged |= {(unit, key): lost for unit, key, lost in _damaged_records(root, rest)}
+                    with local_folder(root / SEGMENTS / rest.segment) as folder:
+                        damaged |= {(unit, key): lost for unit, key, lost in _damaged_records(folder, rest)}
     return lines + _name_samples(damaged, newest)

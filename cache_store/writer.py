@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from cache_store.contract import CacheError, RecordRefused
-from cache_store.durable import FolderLock, disk_errors, fsync_folder
+from cache_store.durable import FolderLock, disk_errors, publish_folder, scratch_folder
 from cache_store.journal import KEY_DIGITS, PLACEMENT_COLUMNS, Journal, encode_array, new_session
 from cache_store.manifest import SCRATCH, SEGMENTS, create_store
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from cache_store.contract import Backend, FieldSpec, Placement, SegmentWriter
+    from cache_store.object_path import Root
 
 _KEY = re.compile(f"[0-9a-f]{{{KEY_DIGITS}}}")
 _NAME = re.compile("[a-z][a-z0-9_]*")
@@ -39,7 +40,7 @@ class Writer:
     open segment. Not for use by several threads.
     """
 
-    def __init__(self, root: Path, backend: Backend, *, commit_seconds: float, segment_bytes: int) -> None:
+    def __init__(self, root: Root, backend: Backend, *, commit_seconds: float, segment_bytes: int) -> None:
         self._root = root
         self._backend = backend
         self._commit_seconds = commit_seconds
@@ -51,6 +52,7 @@ class Writer:
         self._num_segments = 0
         self._journal: Journal | None = None
         self._segment: SegmentWriter | None = None
+        self._folder: Path | None = None
         self._pending: dict[str, _PendingUnit] = {}
         self._commit_due_s = math.inf
 
@@ -130,12 +132,11 @@ class Writer:
         if self._segment is None:
             return
         segment_id = self._segment_id()
-        published = self._root / SEGMENTS / segment_id
         try:
             with disk_errors(self._root):
                 arrays, files = self._segment.finish()
-                (self._root / SCRATCH / segment_id).rename(published)
-                fsync_folder(published.parent)
+                assert self._folder is not None
+                publish_folder(self._folder, self._root / SEGMENTS / segment_id)
                 if self._journal is None:
                     self._journal = Journal(self._root, self._session)
                 self._journal.append(
@@ -173,9 +174,8 @@ class Writer:
         if self._segment is None:
             create_store(self._root, self._backend.name)
             self._hold()
-            folder = self._root / SCRATCH / self._segment_id()
-            folder.mkdir()
-            self._segment = self._backend.open_segment(folder)
+            self._folder = scratch_folder(self._root / SCRATCH, self._segment_id())
+            self._segment = self._backend.open_segment(self._folder)
             self._commit_due_s = time.monotonic() + self._commit_seconds
         return self._segment
 
@@ -199,7 +199,8 @@ class Writer:
         """Forget the open segment and its records; begin a new session, as the journal may end in half a line."""
         if self._segment is not None:
             self._segment.close()
-        shutil.rmtree(self._root / SCRATCH / self._segment_id(), ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
         for unit, pending in self._pending.items():
             self._keys[unit].difference_update(pending.keys)
         self._segment = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache_store.contract import CacheCorrupt
+from cache_store.object_path import root_of
 from diffsynth_pipe.config import RunConfig, Stage
 from diffsynth_pipe.errors import USER_ERRORS, ConfigError
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
@@ -84,7 +85,7 @@ def _add_cache_commands(parser: argparse.ArgumentParser) -> None:
 
     def add(name: str, command: Callable[[argparse.Namespace], None], summary: str) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(name, help=summary)
-        added.add_argument("root", metavar="FOLDER" if name == "ls" else "CACHE", type=Path)
+        added.add_argument("root", metavar="FOLDER" if name == "ls" else "CACHE", type=root_of)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
         added.set_defaults(command=command)
         return added

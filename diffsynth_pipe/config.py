@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -22,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cache_store.durable import replace_file
+from cache_store.object_path import SCHEME, root_of
 from diffsynth_pipe.contracts import plugin_names
 from diffsynth_pipe.errors import ConfigError
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pydantic_core import ErrorDetails
+
+    from cache_store.object_path import Root
 
 Affects = Literal["cache", "weights", "nothing"]
 Stage = Literal["data_process", "train"]
@@ -226,7 +230,21 @@ class RunConfig(BaseModel):
         "this project",
         "nothing",
         None,
-        "Folder of the cache. Default: output_path/cache; for a stage alone, where the reference's command puts it.",
+        "Folder of the cache, or s3://bucket/prefix. Default: output_path/cache; for a stage alone, where the"
+        " reference's command puts it.",
+    )
+    cache_copies_path: str | None = _setting(
+        "this project",
+        "nothing",
+        None,
+        "Where train keeps what it read from a cache on s3://. Default: diffsynth-pipe/copies below the XDG cache"
+        " folder.",
+    )
+    cache_copies_gb: NonNegative = _setting(
+        "this project",
+        "nothing",
+        50.0,
+        "Gigabytes (10^9 bytes) of disk that these copies may take. 0 keeps none: each epoch reads all from s3://.",
     )
     cache_backend: Literal["zarr", "webdataset"] = _setting(
         "this project",
@@ -295,6 +313,14 @@ class RunConfig(BaseModel):
         tasks = plugin_names("diffsynth_pipe.training.tasks")
         return _one_of(value, [f"{task}{suffix}" for task in tasks for suffix in ("", ":data_process", ":train")])
 
+    @field_validator("dataset_base_path", "output_path")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if value.startswith(SCHEME):
+            message = "must be a folder on this machine; only cache_path may be on s3://"
+            raise ValueError(message)
+        return value
+
     @model_validator(mode="after")
     def _both_or_neither(self) -> Self:
         if (self.height is None) != (self.width is None):
@@ -314,16 +340,21 @@ class RunConfig(BaseModel):
         return stage or None
 
     @property
-    def cache_dir(self) -> Path:
-        """Folder of the cache.
+    def cache_dir(self) -> Root:
+        """Where the cache lies.
 
         Without ``cache_path`` the reference's two commands hand it over by ``output_path`` and ``dataset_base_path``.
         """
         if self.cache_path is not None:
-            return Path(self.cache_path)
+            return root_of(self.cache_path)
         if self.stage == "data_process":
             return Path(self.output_path)
         return Path(self.dataset_base_path) if self.stage == "train" else Path(self.output_path) / "cache"
+
+    @property
+    def cache_copies_dir(self) -> Path:
+        """Where the copies of caches in object stores lie."""
+        return Path(self.cache_copies_path) if self.cache_copies_path is not None else user_cache_dir() / "copies"
 
     def keyed(self, affects: Affects) -> dict[str, Any]:
         """Return the JSON values of the fields that decide this.
@@ -345,6 +376,11 @@ def field_metadata(name: str) -> Mapping[str, Any]:
     extra = RunConfig.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return extra
+
+
+def user_cache_dir() -> Path:
+    """Return where the project keeps what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffsynth-pipe"
 
 
 def fields_that_affect(affects: Affects) -> list[str]:

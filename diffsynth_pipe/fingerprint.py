@@ -10,15 +10,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blake3 import blake3
 
+from diffsynth_pipe.config import user_cache_dir
 from diffsynth_pipe.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from diffsynth_pipe.contracts import ComponentFiles, EncodeUnit
 
@@ -110,7 +111,7 @@ def _is_content(file: Path) -> bool:
 
 
 def _database_path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffsynth-pipe" / "digests.sqlite3"
+    return user_cache_dir() / "digests.sqlite3"
 
 
 @contextmanager

@@ -87,7 +87,8 @@ def launch_data_process(
     """
     config = stage_config(config, "data_process")
     # Beside the cache, never in it: a folder that holds anything else is not taken for a new cache.
-    log_dir = config.cache_dir.with_name(f"{config.cache_dir.name}-logs")
+    local = config.cache_dir if isinstance(config.cache_dir, Path) else Path(config.output_path) / "cache"
+    log_dir = local.with_name(f"{local.name}-logs")
     saved = log_dir / "data_process.yaml"
     command = [sys.executable, "-m", "diffsynth_pipe.cli", "data-process", "--config", str(saved)]
     if force:
@@ -110,6 +111,7 @@ def launch_train(config: RunConfig, force: bool = False, on_line: Callable[[str]
     """
     config = stage_config(config, "train")
     run_dir = plan_train(config).path
+    assert isinstance(run_dir, Path)
     saved = run_dir / "config.yaml"
     settings = config.accelerate_config_file or str(ZERO3_CPU_OFFLOAD)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", settings]

@@ -9,12 +9,12 @@ from diffsynth_pipe.stages.plan import latest_snapshot, plan_encoding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
+    from cache_store.object_path import Root
     from diffsynth_pipe.config import RunConfig
 
 
-def explain_changes(root: Path, config: RunConfig) -> Iterator[str]:
+def explain_changes(root: Root, config: RunConfig) -> Iterator[str]:
     """Yield a line for each recipe and each sample that is not as in the newest snapshot.
 
     Samples are compared by their source first, then by their id: an edited caption keeps the row, a moved row the id.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from cache_store.object_path import Root
     from diffsynth_pipe.contracts import ModelFamily
 
 
@@ -27,7 +28,7 @@ class _ImageSize:
         self.size = state[2]
 
 
-def import_diffsynth(source: Path, cache_dir: Path, family_name: str) -> StageResult:
+def import_diffsynth(source: Path, cache_dir: Root, family_name: str) -> StageResult:
     """Store the fields that training reads of every ``.pth`` below a folder, and seal them.
 
     The records are keyed by their content, since they do not say which weights made them; equal ones are stored once.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cache_store.contract import CacheCorrupt, CacheNotFound
+from cache_store.durable import file_sizes
 from diffsynth_pipe.contracts import load_family, load_task
 from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.fingerprint import component_digest, json_digest, record_key, unit_recipe
@@ -20,6 +21,7 @@ from diffsynth_pipe.hub import resolve_components
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from cache_store.object_path import Root
     from cache_store.snapshot import Snapshot
     from cache_store.store import Cache
     from diffsynth_pipe.config import RunConfig
@@ -48,7 +50,7 @@ class StagePlan:
     stage: str
     verdict: Verdict
     key: str
-    path: Path
+    path: Root
     why: str
 
 
@@ -59,7 +61,7 @@ class StageResult:
     stage: str
     state: State
     key: str
-    path: Path
+    path: Root
     summary: dict[str, Any] = field(default_factory=dict)
 
 
@@ -245,6 +247,7 @@ def summarize(plan: StagePlan) -> dict[str, Any]:
     For ``train``: the contents of ``run.json``.
     """
     if plan.stage == "train":
+        assert isinstance(plan.path, Path)
         return read_run(plan.path) or {}
     from cache_store.store import Cache
 
@@ -254,7 +257,7 @@ def summarize(plan: StagePlan) -> dict[str, Any]:
         "num_samples": len(snapshot),
         "num_records": sum(snapshot.num_records.values()),
         "payload_bytes": snapshot.payload_bytes,
-        "disk_bytes": sum(path.stat().st_size for path in plan.path.rglob("*") if path.is_file()),
+        "disk_bytes": sum(file_sizes(plan.path).values()),
         "buckets": {name: len(members) for name, members in snapshot.bucket_members.items()},
     }
 

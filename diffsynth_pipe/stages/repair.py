@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from cache_store.object_path import Root
     from diffsynth_pipe.config import RunConfig
 
 
-def repair_cache(root: Path, config: RunConfig | None) -> Iterator[str]:
+def repair_cache(root: Root, config: RunConfig | None) -> Iterator[str]:
     """Repair a cache, and yield a line for each thing done.
 
     Args:

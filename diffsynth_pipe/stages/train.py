@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_store.durable import replace_file
+from cache_store.local_copies import LocalCopies
+from cache_store.object_path import ObjectPath
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.contracts import load_family, load_task
 from diffsynth_pipe.errors import CacheMismatch, ConfigError
@@ -65,7 +68,12 @@ def _cached_source(config: RunConfig, family: ModelFamily, files: ComponentFiles
         )
     shapes = {name: min(shapes) for name, shapes in snapshot.field_shapes().items()}
     family.check_fields(json.loads((files.folder / "config.json").read_text(encoding="utf-8")), shapes)
-    return CachedSource(snapshot, split.crossing, num_threads=max(1, config.dataset_num_workers))
+    copies = None
+    if isinstance(snapshot.root, ObjectPath) and config.cache_copies_gb > 0:
+        num_bytes = int(config.cache_copies_gb * 1e9)
+        copies = LocalCopies(snapshot.root, config.cache_copies_dir, num_bytes, snapshot.segments)
+    num_threads = max(1, config.dataset_num_workers)
+    return CachedSource(snapshot, split.crossing, num_threads=num_threads, copies=copies)
 
 
 def _live_source(config: RunConfig) -> SampleSource:
@@ -84,12 +92,14 @@ def _train_lora(config: RunConfig, family: ModelFamily, files: ComponentFiles, s
         # The first rank digests the weights; the others find the digests it stored.
         plan = plan_train(config, source.digest)
         base_model_digest = component_digest(files)
+    run_dir = plan.path
+    assert isinstance(run_dir, Path)
     if plan.verdict == "hit":
         accelerator.end_training()
-        return StageResult(stage="train", state="Cached", key=plan.key, path=plan.path, summary=summarize(plan))
+        return StageResult(stage="train", state="Cached", key=plan.key, path=run_dir, summary=summarize(plan))
     if accelerator.is_main_process:
-        plan.path.mkdir(parents=True, exist_ok=True)
-        config.save(plan.path / "config.yaml")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config.save(run_dir / "config.yaml")
     device = engines.load_device(accelerator, initialize_model_on_cpu=config.initialize_model_on_cpu)
     dit = family.components["dit"].load(files, engines.compute_dtype(), device)
     targets = comma_list(config.lora_target_modules) or family.lora_target_modules
@@ -118,7 +128,7 @@ def _train_lora(config: RunConfig, family: ModelFamily, files: ComponentFiles, s
         engine=engine,
         source=source,
         lora=lora,
-        run_dir=plan.path,
+        run_dir=run_dir,
     ).run()
     run: dict[str, Any] = {
         "key": plan.key,
@@ -133,9 +143,9 @@ def _train_lora(config: RunConfig, family: ModelFamily, files: ComponentFiles, s
         "elapsed_s": round(time.perf_counter() - begin, 3),
     }
     if accelerator.is_main_process:
-        replace_file(plan.path / "run.json", (json.dumps(run, indent=2) + "\n").encode(), plan.path)
+        replace_file(run_dir / "run.json", (json.dumps(run, indent=2) + "\n").encode(), run_dir)
     accelerator.end_training()
-    return StageResult(stage="train", state="Completed", key=plan.key, path=plan.path, summary=run)
+    return StageResult(stage="train", state="Completed", key=plan.key, path=run_dir, summary=run)
 
 
 def _base_model(files: ComponentFiles) -> Mapping[str, str | None]:

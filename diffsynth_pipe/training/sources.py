@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from cache_store.local_copies import LocalCopies
     from cache_store.snapshot import Snapshot
     from diffsynth_pipe.training.sampler import BatchPlan
 
@@ -48,10 +50,14 @@ class CachedSource:
         snapshot: The samples.
         fields: The fields that cross the cut.
         num_threads: Reading threads.
+        copies: Where what is read of a cache in an object store is kept.
     """
 
-    def __init__(self, snapshot: Snapshot, fields: Sequence[str], num_threads: int = 2) -> None:
+    def __init__(
+        self, snapshot: Snapshot, fields: Sequence[str], num_threads: int = 2, copies: LocalCopies | None = None
+    ) -> None:
         self._snapshot = snapshot
+        self._copies = copies
         self._fields = tuple(fields)
         self._num_threads = num_threads
 
@@ -71,13 +77,19 @@ class CachedSource:
         Raises:
             CacheCorrupt: The files are not what was committed.
         """
+        from cache_store.durable import NUM_REQUESTS
         from cache_store.reader import BatchReader, Prefetcher
 
         members = self._snapshot.bucket_members
         requests = ((plan, members[plan.bucket][list(plan.indices)]) for plan in plans)
         dtypes = {name: self._snapshot.fields[name].dtype for name in self._fields}
-        reader = BatchReader(self._snapshot, self._fields)
-        with Prefetcher(reader, requests, num_threads=self._num_threads) as prefetcher:
+        is_remote = not isinstance(self._snapshot.root, Path)
+        reader = BatchReader(
+            self._snapshot, self._fields, num_threads=NUM_REQUESTS if is_remote else 0, copies=self._copies
+        )
+        # latency is hidden by batches in flight, not by threads that work
+        ahead = {"depth": 16, "num_threads": 8} if is_remote else {"num_threads": self._num_threads}
+        with Prefetcher(reader, requests, **ahead) as prefetcher:
             for plan, raw in prefetcher:
                 yield Batch(
                     fields={name: _tensor(raw.fields[name], dtypes[name]) for name in self._fields},

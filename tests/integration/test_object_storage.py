@@ -1,0 +1,251 @@
+"""A cache on ``s3://``, from its first record to a trained LoRA, against a real S3 API on loopback."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import obstore.store
+import pytest
+import zarr
+
+from cache_store.contract import CacheCorrupt, CacheError, FieldSpec
+from cache_store.journal import RecordIndex, read_commits
+from cache_store.local_copies import LocalCopies
+from cache_store.maintain import compact
+from cache_store.object_path import root_of
+from cache_store.reader import BatchReader
+from cache_store.snapshot import publish, tabulate
+from cache_store.store import Cache, SealedSample
+from cache_store.verify import verify
+from diffsynth_pipe.cli import main
+
+LATENTS = FieldSpec(name="latents", dtype="bfloat16", dims=("channel", "height", "width"))
+TEXT = FieldSpec(name="prompt_emb", dtype="bfloat16", dims=("token", "channel"), ragged=True)
+SAMPLE_BYTES = 4 * 16 * 16 * 2
+
+
+def key_of(number):
+    return f"{number:032x}"
+
+
+def fields_of(number):
+    rng = np.random.default_rng(number)
+    return {
+        "latents": rng.integers(0, 0x7F80, (4, 16, 16), np.uint16),
+        "prompt_emb": rng.integers(0, 0x7F80, (number % 7 + 1, 8), np.uint16),
+    }
+
+
+def add_samples(cache, numbers):
+    with cache.writer() as writer:
+        for number in numbers:
+            fields = fields_of(number)
+            writer.add("latents", key_of(number), {"latents": fields["latents"]}, [LATENTS])
+            writer.add("text", key_of(number), {"prompt_emb": fields["prompt_emb"]}, [TEXT])
+
+
+def samples_of(numbers):
+    return [
+        SealedSample(key_of(n), "16x16", f"metadata.csv row {n}", {"latents": key_of(n), "text": key_of(n)})
+        for n in numbers
+    ]
+
+
+def assert_holds(snapshot, numbers, **options):
+    with BatchReader(snapshot, ["latents", "prompt_emb"], num_threads=4, **options) as reader:
+        batch = reader.read(np.arange(len(numbers)))
+    for place, number in enumerate(numbers):
+        expected = fields_of(number)
+        np.testing.assert_array_equal(batch.fields["latents"][place], expected["latents"])
+        length = batch.lengths["prompt_emb"][place]
+        np.testing.assert_array_equal(batch.fields["prompt_emb"][place, :length], expected["prompt_emb"])
+
+
+@pytest.fixture
+def location(bucket, request):
+    """The location of a cache that is not there yet."""
+    return f"s3://{bucket}/{request.node.name.translate(str.maketrans('[]', '--'))}"
+
+
+@pytest.fixture(params=["zarr", "webdataset"])
+def cache(location, request):
+    """A cache of eight samples that two writers wrote, not sealed."""
+    cache = Cache.open_or_new(root_of(location), request.param)
+    add_samples(cache, range(5))
+    add_samples(cache, range(4, 8))
+    return cache
+
+
+def objects_of(s3, location):
+    bucket, _, prefix = location.removeprefix("s3://").partition("/")
+    listed = s3.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/").get("Contents", [])
+    return {entry["Key"].removeprefix(f"{prefix}/"): entry["ETag"] for entry in listed}
+
+
+def edit_object(s3, path, change):
+    bucket, _, key = str(path).removeprefix("s3://").partition("/")
+    data = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
+    s3.put_object(Bucket=bucket, Key=key, Body=change(data))
+
+
+def test_what_was_written_is_read(cache, location):
+    sealed = cache.seal(samples_of([3, 1, 7, 0]), {"family": "none"})
+    snapshot = Cache.open(root_of(location)).latest()
+    assert snapshot.digest == sealed.digest
+    assert_holds(snapshot, [3, 1, 7, 0])
+    assert verify(cache.root, full=True) == []
+
+
+def test_zarr_python_reads_it_over_s3(location):
+    cache = Cache.open_or_new(root_of(location))
+    add_samples(cache, range(3))
+    snapshot = cache.seal(samples_of(range(3)), {})
+    array = snapshot.placements("latents", [0])[0, 0]
+    store = obstore.store.S3Store.from_url(str(snapshot.segment_folder(array)), client_options={"allow_http": True})
+    group = zarr.open_group(zarr.storage.ObjectStore(store, read_only=True), mode="r")
+    expected = np.stack([fields_of(number)["latents"] for number in range(3)])
+    np.testing.assert_array_equal(group["latents/4x16x16"][:], expected)
+
+
+def test_a_second_sealer_is_refused_and_overwrites_nothing(cache, location, s3):
+    cache.seal(samples_of(range(4)), {})
+    before = objects_of(s3, location)
+    columns, _ = tabulate(samples_of(range(8)), RecordIndex(read_commits(cache.root)))
+    with pytest.raises(FileExistsError):
+        publish(cache.root, 1, columns, {})
+    assert objects_of(s3, location) == before
+    # one that looks again takes the next number
+    assert Cache.open(root_of(location)).seal(samples_of(range(8)), {}).number == 2
+    assert before.items() <= objects_of(s3, location).items()
+
+
+WRITER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from cache_store.object_path import root_of
+from cache_store.store import Cache
+import test_object_storage as shared
+
+cache = Cache.open_or_new(root_of(sys.argv[1]))
+with cache.writer(commit_seconds=0) as writer:
+    for number in range(1000):
+        writer.add("latents", shared.key_of(number), {"latents": shared.fields_of(number)["latents"]}, [shared.LATENTS])
+        print(number, flush=True)
+"""
+
+
+def test_kill_9_loses_only_what_was_in_flight(location):
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, location, str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+    ) as writer:
+        for line in writer.stdout:
+            if line == "6\n":
+                writer.send_signal(signal.SIGKILL)
+                break
+    cache = Cache.open(root_of(location))
+    committed = cache.committed_keys()["latents"]
+    # with commit_seconds=0 the line of a record comes after its commit
+    assert committed >= {key_of(number) for number in range(7)}
+    assert len(committed) < 1000
+    add_samples(cache, range(12))
+    assert_holds(cache.seal(samples_of(range(12)), {}), range(12))
+    assert verify(cache.root, full=True) == []
+
+
+def test_what_was_read_is_read_again_without_the_object_store(cache, s3, tmp_path):
+    snapshot = cache.seal(samples_of(range(8)), {})
+    copies = LocalCopies(snapshot.root, tmp_path, 10**9, snapshot.segments)
+    assert_holds(snapshot, range(8), copies=copies)
+    for array in range(len(snapshot.arrays)):
+        snapshot.array_path(array).unlink()
+    again = LocalCopies(snapshot.root, tmp_path, 10**9, snapshot.segments)
+    assert_holds(snapshot, range(8), copies=again)
+    with pytest.raises(CacheCorrupt, match="is in a file that is missing"):
+        assert_holds(snapshot, range(8))
+
+
+def test_a_torn_copy_is_fetched_again(cache, tmp_path):
+    snapshot = cache.seal(samples_of(range(8)), {})
+    assert_holds(snapshot, range(8), copies=LocalCopies(snapshot.root, tmp_path, 10**9, snapshot.segments))
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            path.write_bytes(bytes(path.stat().st_size // 2))
+    copies = LocalCopies(snapshot.root, tmp_path, 10**9, snapshot.segments)
+    assert_holds(snapshot, range(8), copies=copies)
+    assert_holds(snapshot, range(8), copies=copies)
+
+
+def test_copies_keep_within_their_limit(location, tmp_path):
+    cache = Cache.open_or_new(root_of(location))
+    add_samples(cache, range(64))
+    snapshot = cache.seal(samples_of(range(64)), {})
+    limit = 20 * SAMPLE_BYTES
+    copies = LocalCopies(snapshot.root, tmp_path, limit, snapshot.segments)
+    for _ in range(2):
+        assert_holds(snapshot, range(64), copies=copies)
+    on_disk = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file())
+    num_pages = 2 * len(snapshot.arrays)  # whole pages of the filesystem lie under the edges of what was kept
+    assert 0 < on_disk <= limit + num_pages * 4096
+    # segments that are not read any more make room for those that are
+    LocalCopies(snapshot.root, tmp_path, 1, [])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_damage_is_named(cache, s3):
+    snapshot = cache.seal(samples_of(range(8)), {})
+    path = snapshot.array_path(snapshot.placements("latents", [0])[0, 0])
+    row = snapshot.placements("latents", [0])[0]
+    offset = BatchReader(snapshot, ["latents"])._backend.offset(snapshot.arrays[row[0]].layout, int(row[1]))
+    edit_object(s3, path, lambda data: data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
+    with pytest.raises(CacheCorrupt, match=rf"latents of sample {key_of(0)} .* fails its checksum"):
+        assert_holds(snapshot, range(8))
+    assert any(f"latents of sample {key_of(0)}" in line for line in verify(cache.root, full=True))
+    edit_object(s3, path, lambda data: data[: len(data) // 2])
+    assert any("bytes, not" in line for line in verify(cache.root, full=False))
+    with pytest.raises(CacheCorrupt, match="bytes, not"):
+        snapshot.check_files()
+
+
+def test_small_segments_are_compacted(location):
+    cache = Cache.open_or_new(root_of(location))
+    for number in range(6):
+        add_samples(cache, [number])
+    cache.seal(samples_of(range(6)), {})
+    assert compact(cache) == (6, 1)
+    assert_holds(cache.latest(), range(6))
+
+
+def test_a_bucket_that_is_not_there_is_one_clear_line(s3, capsys):
+    assert main(["cache", "info", "s3://absent-bucket/cache"]) == 2
+    assert capsys.readouterr().err.startswith("error: s3://absent-bucket/cache is not a cache")
+    with pytest.raises(CacheError, match="absent-bucket"):
+        add_samples(Cache.open_or_new(root_of("s3://absent-bucket/cache")), [0])
+
+
+def test_the_command_line_from_photos_to_a_lora(location, run_file, tmp_path, cli, capsys):
+    def command(*arguments):
+        code = main([*map(str, arguments)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    loras = []
+    for cache_path in (location, str(tmp_path / "local")):
+        run = run_file(cache_path=cache_path, output_path=str(tmp_path / f"output-{len(loras)}"))
+        assert command("data-process", run)[0] == 0
+        assert "hit" in command("plan", run)[1]
+        trained = cli("train", str(run))
+        assert trained.returncode == 0, trained.stderr
+        loras.append(next((tmp_path / f"output-{len(loras)}").rglob("*.safetensors")).read_bytes())
+    assert loras[0] == loras[1]
+
+    assert f"{location}  6 samples" in command("cache", "ls", location)[1]
+    assert "latents 6 (0 duplicates saved)" in command("cache", "info", location)[1]
+    assert command("cache", "verify", location) == (0, f"{location}: every byte is what was written\n", "")
+    assert "sample " in command("cache", "explain", location, run_file(cache_path=location))[1]
+    for refused in ("repair", "gc"):
+        code, _, error = command("cache", refused, location)
+        assert code == 2
+        assert error.count("\n") == 1
+        assert "cache export" in error
