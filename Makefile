@@ -42,7 +42,9 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff check --fix .
 
 bench: $(INSTALLED)  ## Measure the cache reader against its peers (ratios)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/bench/bench_reader.py
+	$(BIN)/python tests/bench/bench_s3.py
 
 torture: $(INSTALLED)  ## Kill and damage caches for minutes
 	$(BIN)/python tests/integration/torture_cache.py
