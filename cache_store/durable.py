@@ -204,8 +204,8 @@ def local_folder(folder: Root) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory() as copy:
-        for name in folder.sizes():
-            (folder / name).download(Path(copy) / name)
+        with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+            list(pool.map(lambda name: (folder / name).download(Path(copy) / name), folder.sizes()))
         yield Path(copy)
 
 

@@ -76,7 +76,7 @@ def repair(root: Root) -> Repair:
         CacheNotFound, CacheCorrupt, CacheSchemaError: There is no cache that this version could repair.
         CacheError: A writer is at work, or the disk refuses.
     """
-    root = _lockable(root, "repaired")
+    root = _lockable(root, "delete the objects that `cache verify` names, and run data-process again")
     if not root.is_dir():
         raise CacheNotFound(f"{root} is not a cache: no such folder")
     done = Repair()
@@ -100,7 +100,7 @@ def repair(root: Root) -> Repair:
     return done
 
 
-def _lockable(root: Root, purpose: str) -> Path:
+def _lockable(root: Root, cure: str) -> Path:
     """Return a cache that can be kept from its writers.
 
     Raises:
@@ -108,10 +108,7 @@ def _lockable(root: Root, purpose: str) -> Path:
     """
     if isinstance(root, Path):
         return root
-    raise CacheError(
-        f"{root}: a cache in an object store cannot be {purpose}, for nothing would keep its writers away;"
-        f" `diffsynth-pipe cache export` its samples into a new cache"
-    )
+    raise CacheError(f"{root}: no lock keeps the writers of a cache in an object store away; instead, {cure}")
 
 
 def _seal_again(cache: Cache, newest: Snapshot, done: Repair) -> None:
@@ -290,7 +287,7 @@ def collect_garbage(
         CacheNotFound, CacheCorrupt, CacheSchemaError: There is no cache, or a snapshot to be kept is damaged.
         CacheError: A writer is at work, or the disk refuses.
     """
-    root = _lockable(root, "freed of garbage")
+    root = _lockable(root, "`cache export` the newest snapshot into a new cache, and delete this one")
     cache = Cache.open(root)
     with disk_errors(root), FolderLock(root) as lock:
         if not lock.try_exclude():

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import secrets
+import shutil
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +14,7 @@ import google_crc32c
 from blake3 import blake3
 
 from cache_store.contract import CacheCorrupt, CacheNotFound, CacheSchemaError
-from cache_store.durable import fsync_folder, replace_file
+from cache_store.durable import fsync_folder, publish_new_file, replace_file, scratch_folder, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,13 +55,20 @@ def read_manifest(root: Root) -> str:
 
 
 def create_store(root: Root, backend: str) -> None:
-    """Make a folder a cache; what is there already is left alone."""
+    """Make a folder a cache; what is there already is left alone.
+
+    Raises:
+        CacheSchemaError: It is one of another backend.
+    """
     scratch = root / SCRATCH
     scratch.mkdir(parents=True, exist_ok=True)
     if not (root / "store.json").exists():
         # before the other folders, so that a killed run leaves a cache or nothing but an empty scratch folder
-        write_manifest(root, backend)
+        with contextlib.suppress(FileExistsError):  # another writer was first
+            _publish_manifest(root, backend)
         fsync_folder(root.parent)
+    if (found := read_manifest(root)) != backend:
+        raise CacheSchemaError(f"cache {root} has backend {found!r}, not {backend!r}; set cache_backend")
     for name in (SEGMENTS, JOURNAL, RECIPES, SNAPSHOTS):
         (root / name).mkdir(exist_ok=True)
     fsync_folder(root)
@@ -65,13 +76,21 @@ def create_store(root: Root, backend: str) -> None:
 
 def write_manifest(root: Root, backend: str) -> None:
     """Write ``store.json``, in place of one that was damaged if there is one."""
-    manifest = {
-        "schema": SCHEMA,
-        "format": FORMAT,
-        "backend": backend,
-        "created_by": f"diffsynth-pipe {version('diffsynth-pipe')}",
-    }
-    replace_file(root / "store.json", encode_manifest(manifest), root / SCRATCH)
+    replace_file(root / "store.json", _new_manifest(backend), root / SCRATCH)
+
+
+def _publish_manifest(root: Root, backend: str) -> None:
+    folder = scratch_folder(root / SCRATCH, f"manifest-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        write_file(folder / "store.json", _new_manifest(backend))
+        publish_new_file(folder / "store.json", root / "store.json")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_manifest(backend: str) -> bytes:
+    created_by = f"diffsynth-pipe {version('diffsynth-pipe')}"
+    return encode_manifest({"schema": SCHEMA, "format": FORMAT, "backend": backend, "created_by": created_by})
 
 
 def is_manifest_intact(root: Root) -> bool:

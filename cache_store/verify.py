@@ -13,6 +13,7 @@ from cache_store.contract import CHECKSUM_BYTES, CacheCorrupt, CacheNotFound, Pl
 from cache_store.durable import FolderLock, disk_errors, file_checksum, file_sizes, local_folder
 from cache_store.journal import read_journal
 from cache_store.manifest import RECIPES, SEGMENTS, SNAPSHOTS, is_manifest_intact, read_manifest, read_recipe
+from cache_store.object_path import ObjectPath
 from cache_store.snapshot import Snapshot, read_seal, seal_path, snapshot_numbers, snapshot_path
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def verify(root: Root, *, full: bool) -> list[str]:
         lines = [] if is_manifest_intact(root) else ["store.json is damaged"]
         is_at_rest = lock.try_exclude()
         contents = read_journal(root)
-        if is_at_rest:  # otherwise a writer may be between two steps of a commit
+        if is_at_rest or isinstance(root, ObjectPath):  # otherwise a writer may be in the middle of a line
             lines += contents.damage
+        if is_at_rest:  # otherwise a writer may be between two steps of a commit
             lines += [
                 f"{SEGMENTS}/{segment} has no journal line: it lost it, or its writer was killed"
                 for segment in segments_without_line(root, contents)

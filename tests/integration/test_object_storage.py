@@ -208,6 +208,26 @@ def test_damage_is_named(cache, s3):
         snapshot.check_files()
 
 
+def test_what_a_deleted_object_held_is_written_again(cache):
+    snapshot = cache.seal(samples_of(range(8)), {})
+    snapshot.array_path(0).unlink()
+    committed = cache.committed_keys()
+    assert 0 < sum(map(len, committed.values())) < 16
+    add_samples(cache, [n for n in range(8) if not all(key_of(n) in committed[unit] for unit in ("latents", "text"))])
+    assert_holds(cache.seal(samples_of(range(8)), {}), range(8))
+
+
+@pytest.mark.parametrize("where", ["disk", "s3"])
+def test_of_two_first_writers_with_different_backends_one_is_refused(location, tmp_path, where):
+    root = root_of(location) if where == "s3" else tmp_path / "cache"
+    caches = [Cache.open_or_new(root, backend) for backend in ("zarr", "webdataset")]
+    add_samples(caches[0], [0])
+    with pytest.raises(CacheError, match="has backend 'zarr', not 'webdataset'"):
+        add_samples(caches[1], [1])
+    assert Cache.open(root).backend == "zarr"
+    assert_holds(caches[0].seal(samples_of([0]), {}), [0])
+
+
 def test_small_segments_are_compacted(location):
     cache = Cache.open_or_new(root_of(location))
     for number in range(6):
@@ -244,8 +264,8 @@ def test_the_command_line_from_photos_to_a_lora(location, run_file, tmp_path, cl
     assert "latents 6 (0 duplicates saved)" in command("cache", "info", location)[1]
     assert command("cache", "verify", location) == (0, f"{location}: every byte is what was written\n", "")
     assert "sample " in command("cache", "explain", location, run_file(cache_path=location))[1]
-    for refused in ("repair", "gc"):
+    for refused, cure in (("repair", "run data-process again"), ("gc", "cache export")):
         code, _, error = command("cache", refused, location)
         assert code == 2
         assert error.count("\n") == 1
-        assert "cache export" in error
+        assert cure in error
