@@ -110,17 +110,19 @@ def ways_to_read(root, data):
     text_buffer = np.zeros((BATCH_SIZE, longest, TEXT_CHANNELS), np.uint16)
 
     def collated(samples):
-        """Copy (number, latents, text) into the buffers, batch by batch."""
-        numbers = []
+        """Copy (number, latents, text) into the buffers, batch by batch; text is padded to the longest of its batch."""
+        numbers, lengths = [], []
         for number, latents, text in samples:
             slot, buffer = len(numbers), latents_buffers[latents.shape]
             buffer[slot] = latents
             text_buffer[slot, : len(text)] = text
-            text_buffer[slot, len(text) :] = 0
             numbers.append(number)
+            lengths.append(len(text))
             if len(numbers) == BATCH_SIZE:
-                yield numbers, buffer, text_buffer
-                numbers = []
+                for slot, length in enumerate(lengths):
+                    text_buffer[slot, length : max(lengths)] = 0
+                yield numbers, buffer, text_buffer[:, : max(lengths)]
+                numbers, lengths = [], []
 
     def one_by_one(load):
         return lambda order: collated((number, *load(number)) for number in itertools.chain.from_iterable(order))
