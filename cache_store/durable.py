@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import google_crc32c
+from crc32c import crc32c
 
 from cache_store.contract import CacheError
 from cache_store.object_path import ObjectPath
@@ -121,7 +121,7 @@ class NewFile:
         rest = memoryview(data) if isinstance(data, bytes) else data.data
         while rest:
             rest = rest[os.write(self._file.fileno(), rest) :]
-        self.crc = google_crc32c.extend(self.crc, data)
+        self.crc = crc32c(data, self.crc)
         self.num_bytes += len(data)
 
     def sync(self) -> None:
@@ -146,7 +146,7 @@ def file_checksum(path: Root) -> int:
     checksum = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(_BLOCK_BYTES):
-            checksum = google_crc32c.extend(checksum, block)
+            checksum = crc32c(block, checksum)
     return checksum
 
 

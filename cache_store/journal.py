@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from cache_store.contract import ArrayLayout, CacheSchemaError, FieldSpec, Placement, SegmentArray
 from cache_store.durable import file_sizes, fsync_folder, read_files
@@ -153,13 +153,13 @@ def new_session() -> str:
 def encode_line(entry: Mapping[str, Any]) -> bytes:
     """Return an entry as a line that proves itself: the crc32c of its JSON, then the JSON."""
     payload = json.dumps(entry, separators=(",", ":")).encode()
-    return b"%08x %b\n" % (google_crc32c.value(payload), payload)
+    return b"%08x %b\n" % (crc32c(payload), payload)
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
     """Return the entry of a line, with or without its newline; None if it is not as it was written."""
     payload = line.removesuffix(b"\n")[9:]
-    if line[:9] != b"%08x " % google_crc32c.value(payload):
+    if line[:9] != b"%08x " % crc32c(payload):
         return None
     entry: dict[str, Any] = json.loads(payload)
     return entry

@@ -10,8 +10,8 @@ import shutil
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 from blake3 import blake3
+from crc32c import crc32c
 
 from cache_store.contract import CacheCorrupt, CacheNotFound, CacheSchemaError
 from cache_store.durable import fsync_folder, publish_new_file, replace_file, scratch_folder, write_file
@@ -106,7 +106,7 @@ def is_manifest_intact(root: Root) -> bool:
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
     """Return the bytes of ``store.json``, with a checksum of its other values."""
     values = {name: value for name, value in manifest.items() if name != "crc32c"}
-    checksum = google_crc32c.value(canonical_json(values))
+    checksum = crc32c(canonical_json(values))
     return json.dumps({**values, "crc32c": f"{checksum:08x}"}, indent=1).encode() + b"\n"
 
 

@@ -13,8 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from cache_store.backends import load_backend
 from cache_store.contract import CHECKSUM_BYTES, CacheCorrupt, CacheError
@@ -98,7 +98,7 @@ class _Item:
         num_bytes: Its bytes with checksums.
         bodies: Where its chunks go; the last one without its tail.
         tail: Where the zeros that fill its last chunk go, if any.
-        checksums: Where its checksums go, ``[chunks, 4]``.
+        checksums: Where its checksums go, little-endian uint32 ``[chunks]``.
         digest: The crc32c that these must have.
     """
 
@@ -107,26 +107,27 @@ class _Item:
     array: int
     offset: int
     num_bytes: int
-    bodies: list[Bytes]
-    tail: Bytes | None
-    checksums: Bytes
+    bodies: list[memoryview]
+    tail: memoryview | None
+    checksums: NDArray[np.uint32]
     digest: int
 
-    def scatter_list(self) -> list[Bytes]:
+    def scatter_list(self) -> list[memoryview]:
         """Return the destinations of the bytes on disk, in order."""
-        views = [view for pair in zip(self.bodies, self.checksums, strict=True) for view in pair]
+        checksums = _pieces(self.checksums.view(np.uint8), CHECKSUM_BYTES)
+        views = [view for pair in zip(self.bodies, checksums, strict=True) for view in pair]
         if self.tail is not None:
             views.insert(-1, self.tail)
         return views
 
     def is_intact(self) -> bool:
         """Tell whether it is the right item, and its checksums are those of the bodies that were read."""
-        if google_crc32c.value(self.checksums) != self.digest:
+        if crc32c(self.checksums) != self.digest:
             return False
-        found = [google_crc32c.value(body) for body in self.bodies]
+        found = [crc32c(body) for body in self.bodies]
         if self.tail is not None:
-            found[-1] = google_crc32c.extend(found[-1], self.tail)
-        return found == self.checksums.view("<u4").ravel().tolist()
+            found[-1] = crc32c(self.tail, found[-1])
+        return bool(found == self.checksums.tolist())
 
 
 class BatchReader:
@@ -226,7 +227,8 @@ class BatchReader:
         num_rows = placements[:, 2]
         longest = int(num_rows.max())
         first = snapshot.arrays[placements[0, 0]].layout
-        slots = buffers.take(field, len(positions) * longest * first.row_bytes).reshape(len(positions), -1)
+        row_bytes = first.row_bytes
+        slots = buffers.take(field, len(positions) * longest * row_bytes).reshape(len(positions), -1)
         items = []
         for position, slot, placement in zip(positions.tolist(), slots, placements.tolist(), strict=True):
             array, start, rows, digest = placement
@@ -236,15 +238,12 @@ class BatchReader:
                     f"{field} of sample {snapshot.sample_id(position)} ({snapshot.source(position)}) has shape"
                     f" {layout.item_shape}, others of its bucket have {first.item_shape}; encode into a new cache_path"
                 )
-            used, chunk_bytes, num_chunks = rows * layout.row_bytes, layout.chunk_bytes(rows), layout.num_chunks(rows)
+            used, chunk_bytes, num_chunks = rows * row_bytes, layout.chunk_bytes(rows), layout.num_chunks(rows)
             offset, num_bytes = self._backend.offset(layout, start), num_chunks * (chunk_bytes + CHECKSUM_BYTES)
             slot[used:] = 0
-            num_full, rest = divmod(used, chunk_bytes)
-            bodies = list(slot[: used - rest].reshape(num_full, chunk_bytes))
-            if rest:
-                bodies.append(slot[used - rest : used])
-            tail = np.empty(chunk_bytes - rest, np.uint8) if rest else None
-            checksums = np.empty((num_chunks, CHECKSUM_BYTES), np.uint8)
+            bodies = _pieces(slot[:used], chunk_bytes)
+            tail = memoryview(bytearray(-used % chunk_bytes)) if used % chunk_bytes else None
+            checksums = np.empty(num_chunks, "<u4")
             items.append(_Item(field, position, array, offset, num_bytes, bodies, tail, checksums, digest))
         values = slots.reshape(-1).view(first.spec.storage_dtype)
         rows_shape = (longest,) if first.spec.ragged else ()
@@ -340,6 +339,12 @@ class BatchReader:
         )
 
 
+def _pieces(memory: Bytes, num_bytes: int) -> list[memoryview]:
+    """Return views of this many bytes each, the last one of what is left; not arrays, which take longer to pass on."""
+    view = memory.data
+    return [view[start : start + num_bytes] for start in range(0, len(view), num_bytes)]
+
+
 def _read_scattered(fd: int, views: list[Any], num_bytes: int, offset: int) -> bool:
     """Fill all views, ``num_bytes`` in sum, with what stands from ``offset`` on; False if the file ends before."""
     while views:
@@ -360,12 +365,11 @@ def _read_scattered(fd: int, views: list[Any], num_bytes: int, offset: int) -> b
     return True
 
 
-def _scatter(data: Any, views: list[Bytes]) -> None:
+def _scatter(data: memoryview, views: list[memoryview]) -> None:
     """Fill all views with what stands in ``data``, in order."""
-    source = np.frombuffer(data, np.uint8)
     start = 0
     for view in views:
-        view[:] = source[start : start + view.nbytes]
+        view[:] = data[start : start + view.nbytes]
         start += view.nbytes
 
 
@@ -387,7 +391,7 @@ class Prefetcher:
         reader: BatchReader,
         batches: Iterable[tuple[Any, Sequence[int] | NDArray[np.int64]]],
         *,
-        depth: int = 4,
+        depth: int = 3,
         num_threads: int = 2,
     ) -> None:
         self._reader = reader

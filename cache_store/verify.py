@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from cache_store.backends import load_backend
 from cache_store.contract import CHECKSUM_BYTES, CacheCorrupt, CacheNotFound, Placement
@@ -95,8 +95,8 @@ def read_item(folder: Path, backend_name: str, layout: ArrayLayout, place: Place
         return None
     chunks = np.frombuffer(data, np.uint8).reshape(num_chunks, chunk_bytes + CHECKSUM_BYTES)
     bodies, trailers = chunks[:, :chunk_bytes], np.ascontiguousarray(chunks[:, chunk_bytes:])
-    checksums = [google_crc32c.value(np.ascontiguousarray(body)) for body in bodies]
-    if google_crc32c.value(trailers) != place.digest or checksums != trailers.view("<u4").ravel().tolist():
+    checksums = [crc32c(np.ascontiguousarray(body)) for body in bodies]
+    if crc32c(trailers) != place.digest or checksums != trailers.view("<u4").ravel().tolist():
         return None
     values = np.ascontiguousarray(bodies).reshape(-1)[: place.num_rows * layout.row_bytes]
     shape = (place.num_rows, *layout.item_shape) if layout.spec.ragged else layout.item_shape

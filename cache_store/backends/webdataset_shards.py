@@ -11,8 +11,8 @@ import json
 import tarfile
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from cache_store.contract import (
     CHECKSUM_BYTES,
@@ -85,7 +85,7 @@ class _Archive:
         """Write a record as two members."""
         specs = [layout.spec for layout in self.layouts]
         bodies = [np.ascontiguousarray(item).reshape(-1).view(np.uint8) for item in items]
-        checksums = [google_crc32c.value(body) for body in bodies]
+        checksums = [crc32c(body) for body in bodies]
         header = safetensors_header(specs, items)
         parts: list[bytes | NDArray[np.uint8]] = [header]
         placements = []
@@ -94,7 +94,7 @@ class _Archive:
             trailer = checksum.to_bytes(CHECKSUM_BYTES, "little")
             parts += [body, trailer]
             num_rows = len(item) if spec.ragged else 1
-            placements.append(Placement(self.first_array + number, start, num_rows, google_crc32c.value(trailer)))
+            placements.append(Placement(self.first_array + number, start, num_rows, crc32c(trailer)))
             start += body.nbytes + CHECKSUM_BYTES
         self._write_member(f"{key}.safetensors", parts)
         fields = {

@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c
 
 from cache_store.contract import (
     CHECKSUM_BYTES,
@@ -61,7 +61,7 @@ def shard_index(array: SegmentArray) -> bytes:
     stride = _chunk_bytes(array.layout) + CHECKSUM_BYTES
     index = np.full((array.num_chunks, 2), stride, "<u8")
     index[:, 0] *= np.arange(array.num_chunks, dtype="<u8")
-    checksum: int = google_crc32c.value(index)
+    checksum: int = crc32c(index)
     return index.tobytes() + checksum.to_bytes(CHECKSUM_BYTES, "little")
 
 
@@ -126,13 +126,13 @@ class _Shard:
         chunks[:num_full, :chunk_bytes] = data[: data.nbytes - rest].reshape(num_full, chunk_bytes)
         if rest:
             chunks[num_full, :rest] = data[data.nbytes - rest :]
-        checksums = [google_crc32c.value(chunk[:chunk_bytes]) for chunk in chunks]
+        checksums = [crc32c(chunk[:chunk_bytes]) for chunk in chunks]
         trailers = np.array(checksums, "<u4").view(np.uint8)
         chunks[:, chunk_bytes:] = trailers.reshape(-1, CHECKSUM_BYTES)
         start = self.num_chunks
         self.file.write(chunks.reshape(-1))
         self.num_chunks += len(chunks)
-        return Placement(self.number, start, num_rows, google_crc32c.value(trailers))
+        return Placement(self.number, start, num_rows, crc32c(trailers))
 
     def finish(self) -> SegmentArray:
         """Append the index and make the file durable."""
@@ -172,7 +172,7 @@ class ZarrSegment(SegmentWriter):
         files = {shard.layout.file: (shard.file.num_bytes, shard.file.crc) for shard in self._shards.values()}
         for name, data in segment_metadata(arrays).items():
             write_file(self._folder / name, data)
-            files[name] = (len(data), google_crc32c.value(data))
+            files[name] = (len(data), crc32c(data))
         for parent, _, _ in os.walk(self._folder, topdown=False):
             fsync_folder(Path(parent))
         return SegmentFiles(arrays, files)

@@ -11,12 +11,12 @@ import time
 import warnings
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 import safetensors.torch
 import torch
 import webdataset
 import zarr
+from crc32c import crc32c
 
 from cache_store.backends import backend_names
 from cache_store.contract import FieldSpec
@@ -228,7 +228,7 @@ def load_safetensors(path):
 
 def load_checked(path):
     content = path.read_bytes()
-    google_crc32c.value(content)
+    crc32c(content)
     return bits_of(safetensors.torch.load(content))
 
 
