@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from cache_store.channels import MAX_MEAN, MAX_STD, MIN_STD, has_channels, read_channels
 from cache_store.contract import CacheError, CacheNotFound
 from cache_store.durable import disk_errors, file_sizes
-from cache_store.journal import read_journal, read_statistics
+from cache_store.journal import read_journal, read_notes, read_statistics
 from cache_store.manifest import read_recipe
 from cache_store.store import Cache
 
@@ -16,6 +20,9 @@ if TYPE_CHECKING:
 
     from cache_store.object_path import Root
     from cache_store.snapshot import SealedSample, Snapshot
+
+
+MAX_NOTES = 10
 
 
 def list_caches(folder: Root) -> Iterator[str]:
@@ -58,6 +65,9 @@ def describe(root: Root) -> list[str]:
     for field, ranges in statistics.items():
         spans = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in ranges.items())
         lines.append(f"{field}: {spans}")
+    if snapshot is not None:
+        lines += _describe_channels(snapshot)
+        lines += _describe_notes(snapshot)
     return lines
 
 
@@ -90,6 +100,60 @@ def _explain_sample(sample: SealedSample) -> Iterator[str]:
     yield f"sample {sample.sample_id}  {sample.bucket}  {sample.source}"
     for unit, key in sorted(sample.keys.items()):
         yield f"  {unit} {key}"
+
+
+def _describe_channels(snapshot: Snapshot) -> Iterator[str]:
+    """Yield the mean and the deviation of each channel, and whether they are what a normalised latent has.
+
+    The journal counts whole segments, so they are approximate if the snapshot reads only a part of one.
+    """
+    found = read_channels(snapshot.root, snapshot.segments)
+    for (field, num_channels), count in _values_per_channel(snapshot).items():
+        moments = found.get((field, num_channels))
+        if moments is None:
+            yield f"{field} channels: not in the journal"
+            continue
+        yield f"{field} channel means: {' '.join(f'{value:.3g}' for value in moments.mean)}"
+        yield f"{field} channel stds: {' '.join(f'{value:.3g}' for value in moments.std)}"
+        far = moments.far_channels()
+        if far:
+            yield (
+                f"{field} channels {', '.join(map(str, far))} of {num_channels} are far from mean 0 and std 1: |mean|"
+                f" above {MAX_MEAN:g}, or std outside {MIN_STD:g} to {MAX_STD:g}; check the VAE and its normalisation"
+            )
+        else:
+            yield f"{field} channels: all {num_channels} are near mean 0 and std 1"
+        if moments.count != count:
+            yield f"{field} channels: approximate, the segments hold {moments.count} values each, the snapshot {count}"
+
+
+def _values_per_channel(snapshot: Snapshot) -> dict[tuple[str, int], int]:
+    """Return how many values the snapshot's records have in one channel, by field and number of channels."""
+    counts: dict[tuple[str, int], int] = {}
+    for commit in snapshot.commits():
+        for records in commit.units.values():
+            for field, rows in records.placements.items():
+                if not has_channels(snapshot.fields[field]):
+                    continue
+                for number, num_items in zip(*np.unique(rows[:, 0], return_counts=True), strict=True):
+                    num_channels, *shape = commit.arrays[number].layout.item_shape
+                    counts[field, num_channels] = counts.get((field, num_channels), 0) + int(num_items) * prod(shape)
+    return counts
+
+
+def _describe_notes(snapshot: Snapshot) -> list[str]:
+    """Return the notes on records of the snapshot, with the samples that have them."""
+    notes = read_notes(snapshot.root)
+    if not notes:
+        return []
+    noted = [
+        f"  {sample.sample_id}  {sample.source}  {unit}: {notes[unit, key]}"
+        for sample in snapshot.samples()
+        for unit, key in sample.keys.items()
+        if (unit, key) in notes
+    ]
+    rest = [f"  and {len(noted) - MAX_NOTES} more"] if len(noted) > MAX_NOTES else []
+    return [f"notes       {len(noted)}", *noted[:MAX_NOTES], *rest] if noted else []
 
 
 def _describe_snapshot(snapshot: Snapshot) -> list[str]:

@@ -19,7 +19,7 @@ from cache_store.manifest import JOURNAL, SCHEMA, SEGMENTS
 from cache_store.object_path import ObjectPath
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -249,19 +249,33 @@ def read_journal(root: Root) -> JournalContents:
 def read_statistics(root: Root, segments: Collection[str]) -> dict[str, dict[str, tuple[float, float]]]:
     """Return, by field and statistic (min, max, mean, std), the range of its values over the records of segments."""
     ranges: dict[str, dict[str, tuple[float, float]]] = {}
+    for _, records in unit_entries(root, segments):
+        for name, columns in records["fields"].items():
+            known = ranges.setdefault(name, {})
+            for statistic, values in columns.items():
+                if statistic not in PLACEMENT_COLUMNS:
+                    low, high = known.get(statistic, (math.inf, -math.inf))
+                    known[statistic] = min(low, *values), max(high, *values)
+    return ranges
+
+
+def read_notes(root: Root) -> dict[tuple[str, str], str]:
+    """Return the notes on records, by unit and key; see ``Writer.add``. A note is lost with its journal line."""
+    return {(unit, key): note for unit, records in unit_entries(root) for key, note in records.get("notes", {}).items()}
+
+
+def unit_entries(root: Root, segments: Collection[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what the whole journal lines say of each unit of certain segments, or of all; of no segment twice."""
+    seen = set()
     for _, data in read_files(root / JOURNAL, "*.jsonl"):
         for line in data.splitlines():
             entry = decode_line(line)
-            if entry is None or entry.get("segment") not in segments:
+            segment = None if entry is None else entry.get("segment")
+            if entry is None or segment is None or segment in seen:
                 continue
-            for records in entry["units"].values():
-                for name, columns in records["fields"].items():
-                    known = ranges.setdefault(name, {})
-                    for statistic, values in columns.items():
-                        if statistic not in PLACEMENT_COLUMNS:
-                            low, high = known.get(statistic, (math.inf, -math.inf))
-                            known[statistic] = min(low, *values), max(high, *values)
-    return ranges
+            seen.add(segment)
+            if segments is None or segment in segments:
+                yield from entry["units"].items()
 
 
 def _add_entry(contents: JournalContents, path: Root, entry: Mapping[str, Any]) -> None:

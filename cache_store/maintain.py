@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_store.backends import load_backend
-from cache_store.contract import CacheCorrupt, CacheError, CacheNotFound
+from cache_store.contract import CacheError, CacheNotFound
 from cache_store.durable import FolderLock, disk_errors, file_checksum, fsync_folder, local_folder, replace_file
-from cache_store.journal import decode_line, read_journal, retract
+from cache_store.journal import decode_line, read_journal, read_notes, retract
 from cache_store.manifest import (
     JOURNAL,
     RECIPES,
@@ -35,7 +35,14 @@ from cache_store.snapshot import (
     write_seal,
 )
 from cache_store.store import Cache
-from cache_store.verify import check_snapshot, damaged_files, read_item, records_of, segments_without_line
+from cache_store.verify import (
+    check_snapshot,
+    damaged_files,
+    read_item,
+    read_record,
+    records_of,
+    segments_without_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -197,8 +204,9 @@ def _repair_segments(root: Path, newest: Snapshot | None, done: Repair) -> None:
     known = {commit.segment for commit in contents.commits}
     unjournaled = [commit for commit in newest.commits() if commit.segment not in known] if newest is not None else []
     # of records with the same key the last counts
+    notes = read_notes(root)
     for commit in reversed(unjournaled + affected):
-        _rescue(root, commit, present, lost, done)
+        _rescue(root, commit, notes, present, lost, done)
     done.lost = {unit: keys - present[unit] for unit, keys in lost.items() if keys - present[unit]}
     if affected:
         retract(root, {c.segment: {unit: records.keys for unit, records in c.units.items()} for c in affected})
@@ -217,7 +225,14 @@ def _restore_metadata(root: Path, commit: Commit, damaged: Collection[str], done
     return restored
 
 
-def _rescue(root: Path, commit: Commit, present: dict[str, set[str]], lost: dict[str, set[str]], done: Repair) -> None:
+def _rescue(
+    root: Path,
+    commit: Commit,
+    notes: Mapping[tuple[str, str], str],
+    present: dict[str, set[str]],
+    lost: dict[str, set[str]],
+    done: Repair,
+) -> None:
     """Copy the whole records of a segment that lie nowhere else; note the others as lost."""
     with Cache.open(root).writer(commit_seconds=math.inf) as writer:
         for unit, key, items in records_of(commit):
@@ -229,7 +244,7 @@ def _rescue(root: Path, commit: Commit, present: dict[str, set[str]], lost: dict
             if len(whole) < len(fields):
                 lost.setdefault(unit, set()).add(key)
                 continue
-            writer.add(unit, key, whole, [layout.spec for layout, _ in items.values()])
+            writer.add(unit, key, whole, [layout.spec for layout, _ in items.values()], note=notes.get((unit, key), ""))
             present[unit].add(key)
             done.num_rescued += 1
 
@@ -426,24 +441,19 @@ def compact(cache: Cache, *, segment_bytes: int = SEGMENT_BYTES) -> tuple[int, i
     small = {segment for segment, size in num_bytes.items() if size < segment_bytes // 2}
     if len(small) <= 1 + sum(num_bytes[segment] for segment in small) // segment_bytes:
         return len(num_bytes), len(num_bytes)
+    notes = read_notes(cache.root)
     with cache.writer(commit_seconds=math.inf, segment_bytes=segment_bytes) as writer:
         for commit in snapshot.commits():
             if commit.segment in small:
                 with local_folder(cache.root / SEGMENTS / commit.segment) as folder:
-                    _copy_records(folder, commit, writer)
+                    _copy_records(folder, cache.root, commit, writer, notes)
     sealed = cache.seal(snapshot.samples(), snapshot.header, instead_of=snapshot.number)
     return len(num_bytes), len(sealed.segments)
 
 
-def _copy_records(folder: Path, commit: Commit, writer: Writer) -> None:
+def _copy_records(
+    folder: Path, root: Root, commit: Commit, writer: Writer, notes: Mapping[tuple[str, str], str]
+) -> None:
     for unit, key, items in records_of(commit):
-        fields = {}
-        for name, (layout, place) in items.items():
-            item = read_item(folder, commit.backend, layout, place)
-            if item is None:
-                raise CacheCorrupt(
-                    f"{SEGMENTS}/{commit.segment}/{layout.file}: {name} of {unit} record {key} is damaged;"
-                    " run `diffsynth-pipe cache repair`"
-                )
-            fields[name] = item
-        writer.add(unit, key, fields, [layout.spec for layout, _ in items.values()])
+        fields = read_record(folder, root, commit, unit, key, items)
+        writer.add(unit, key, fields, [layout.spec for layout, _ in items.values()], note=notes.get((unit, key), ""))

@@ -103,6 +103,32 @@ def read_item(folder: Path, backend_name: str, layout: ArrayLayout, place: Place
     return values.view(layout.spec.storage_dtype).reshape(shape)
 
 
+def read_record(folder: Path, root: Root, commit: Commit, unit: str, key: str, items: Items) -> dict[str, NDArray[Any]]:
+    """Return the fields of a record that ``records_of`` yielded.
+
+    Args:
+        folder: The segment, or a copy of it on this machine.
+        root: The cache, for messages.
+        commit: The segment's commit.
+        unit: The record's unit.
+        key: Its key.
+        items: Where its fields lie.
+
+    Raises:
+        CacheCorrupt: One of them cannot be read or is not what was written.
+    """
+    fields = {}
+    for name, (layout, place) in items.items():
+        item = read_item(folder, commit.backend, layout, place)
+        if item is None:
+            raise CacheCorrupt(
+                f"{root / SEGMENTS / commit.segment / layout.file}: {name} of {unit} record {key} is damaged;"
+                f" run `diffsynth-pipe cache repair {root}`"
+            )
+        fields[name] = item
+    return fields
+
+
 def damaged_files(folder: Root, commit: Commit, *, full: bool) -> dict[str, str]:
     """Return the files of a segment that are not as committed, and what is wrong; files without a record count not.
 

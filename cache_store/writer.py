@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from cache_store.channels import ChannelMoments, has_channels
 from cache_store.contract import CacheError, RecordRefused
 from cache_store.durable import FolderLock, disk_errors, publish_folder, scratch_folder
 from cache_store.journal import KEY_DIGITS, PLACEMENT_COLUMNS, Journal, encode_array, new_session
@@ -85,6 +86,7 @@ class Writer:
         specs: Sequence[FieldSpec],
         *,
         label: str = "",
+        note: str = "",
     ) -> bool:
         """Add one record.
 
@@ -94,6 +96,7 @@ class Writer:
             fields: One array per spec; bfloat16 as uint16 bit patterns.
             specs: What the unit yields.
             label: The sample it comes from, for messages.
+            note: What a person should know of the record, such as that its input was cut; ``read_notes`` returns it.
 
         Returns:
             False if this writer was given the key before; nothing is stored then.
@@ -111,6 +114,9 @@ class Writer:
         if fields.keys() != {spec.name for spec in specs}:
             raise RecordRefused(f"{subject}: fields {sorted(fields)} are not {sorted(spec.name for spec in specs)}")
         stats = [_check_item(subject, spec, fields[spec.name]) for spec in specs]
+        moments = {
+            spec.name: ChannelMoments.of(_values_of(spec, fields[spec.name])) for spec in specs if has_channels(spec)
+        }
         try:
             with disk_errors(self._root):
                 placements = self._open_segment().append(unit, key, fields, specs)
@@ -118,7 +124,11 @@ class Writer:
             self._discard_segment()
             raise
         self._keys[unit].add(key)
-        self._pending.setdefault(unit, _PendingUnit()).add(key, specs, placements, stats)
+        pending = self._pending.setdefault(unit, _PendingUnit())
+        pending.add(key, specs, placements, stats)
+        pending.add_moments(moments)
+        if note:
+            pending.notes[key] = note
         if self._is_commit_due():
             self.commit()
         return True
@@ -220,7 +230,9 @@ class _PendingUnit:
 
     def __init__(self) -> None:
         self.keys: list[str] = []
+        self.notes: dict[str, str] = {}
         self._columns: dict[str, dict[str, list[float]]] = {}
+        self._moments: dict[tuple[str, int], ChannelMoments] = {}
 
     def add(
         self, key: str, specs: Sequence[FieldSpec], placements: Sequence[Placement], stats: Sequence[tuple[float, ...]]
@@ -233,9 +245,24 @@ class _PendingUnit:
             for name, value in zip(names, (*placement, *numbers), strict=True):
                 columns[name].append(value)
 
+    def add_moments(self, moments: Mapping[str, ChannelMoments]) -> None:
+        """Add the moments of one record's fields to those of the records with as many channels."""
+        for name, found in moments.items():
+            group = name, len(found.sums)
+            self._moments[group] = found if group not in self._moments else self._moments[group].plus(found)
+
     def encode(self) -> dict[str, Any]:
-        """Return the columns as JSON values."""
-        return {"keys": "".join(self.keys), "fields": self._columns}
+        """Return the columns as JSON values; moments and notes only where there are any."""
+        values: dict[str, Any] = {"keys": "".join(self.keys), "fields": self._columns}
+        if self._moments:
+            values["channels"] = [{"field": name, **found.encode()} for (name, _), found in self._moments.items()]
+        if self.notes:
+            values["notes"] = self.notes
+        return values
+
+
+def _values_of(spec: FieldSpec, item: NDArray[Any]) -> NDArray[Any]:
+    return (item.astype(np.uint32) << 16).view(np.float32) if spec.dtype == "bfloat16" else item
 
 
 def _check_item(subject: str, spec: FieldSpec, item: NDArray[Any]) -> tuple[float, ...]:
@@ -246,7 +273,7 @@ def _check_item(subject: str, spec: FieldSpec, item: NDArray[Any]) -> tuple[floa
         raise RecordRefused(f"{subject}: {spec.name} has shape {item.shape}, not {spec.dims}")
     if item.size == 0:
         raise RecordRefused(f"{subject}: {spec.name} is empty: shape {item.shape}")
-    values = (item.astype(np.uint32) << 16).view(np.float32) if spec.dtype == "bfloat16" else item
+    values = _values_of(spec, item)
     with np.errstate(invalid="ignore"):
         low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):

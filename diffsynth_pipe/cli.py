@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cache_store.backends import backend_names
 from cache_store.contract import CacheCorrupt
 from cache_store.object_path import root_of
 from diffsynth_pipe.config import RunConfig, Stage
@@ -103,6 +104,9 @@ def _add_cache_commands(parser: argparse.ArgumentParser) -> None:
     gc.add_argument("--unsealed", action="store_true", help="also records that no snapshot ever named")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     add("compact", _cache_compact, "copy the records of many small segments into few large ones")
+    exported = add("export", _cache_export, "copy the newest snapshot into a new cache, of the same or another backend")
+    exported.add_argument("target", metavar="TARGET", type=root_of, help="a new folder, or an export that was interrupted")
+    exported.add_argument("--backend", required=True, choices=backend_names(), help="file format of the new cache")
     imported = add("import-diffsynth", _cache_import, "fill a new cache from the .pth records of DiffSynth-Studio")
     imported.add_argument("source", metavar="SOURCE", type=Path, help="output_path of its sft:data_process")
     _add_family(imported)
@@ -220,6 +224,17 @@ def _cache_compact(args: argparse.Namespace) -> None:
 
     before, after = compact(Cache.open(args.root))
     print(f"segments: {before} before, {after} now; `diffsynth-pipe cache gc {args.root}` deletes the old ones in time")
+
+
+def _cache_export(args: argparse.Namespace) -> None:
+    from cache_store.export import export
+
+    done = export(args.root, args.target, args.backend)
+    num_records = sum(done.snapshot.num_records.values())
+    if done.was_complete:
+        print(f"{args.target}: complete already, {len(done.snapshot)} samples, {num_records} records")
+    else:
+        print(f"{args.target}: {len(done.snapshot)} samples, {done.num_copied} of {num_records} records copied")
 
 
 def _cache_import(args: argparse.Namespace) -> None:

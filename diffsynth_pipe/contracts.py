@@ -76,6 +76,8 @@ class EncodeUnit:
             they are cast to the storage dtype.
         recipe: All else that decides the output: template, dropped tokens, posterior mode. JSON values only.
         version: Bumped by hand when the code changes the output.
+        note: Returns what a person should know of the record of these inputs, such as that a caption was cut; mostly
+            None. Stored beside the record, and no part of the recipe.
     """
 
     name: str
@@ -85,6 +87,7 @@ class EncodeUnit:
     encode: Callable[[Components, Mapping[str, Any]], Mapping[str, Tensor]]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     version: int = 1
+    note: Callable[[Components, Mapping[str, Any]], str | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,6 +96,16 @@ def encode_text(components: Components, inputs: Mapping[str, Any]) -> dict[str, 
     return {"prompt_emb": hidden[0, NUM_PREFIX_TOKENS:]}
 
 
+def note_on_text(components: Components, inputs: Mapping[str, Any]) -> str | None:
+    """Tell how many tokens ``encode_text`` cuts off, if any: of the prompt and the template's end behind it."""
+    encoder: TextEncoder = components["text_encoder"]
+    # verbose=False: the tokenizer would warn of what is told here
+    tokens = encoder.tokenizer(TEMPLATE.format(inputs["prompt"]), verbose=False)
+    num_tokens = len(tokens.input_ids) - NUM_PREFIX_TOKENS
+    num_cut = num_tokens - MAX_PROMPT_TOKENS
+    return f"truncated, {num_cut} of {num_tokens} tokens were cut off" if num_cut > 0 else None
+
+
 def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Encode one RGB image into normalised latents: ``latents`` [16, 1, height/8, width/8], the posterior's mode."""
     import numpy as np
@@ -132,6 +142,7 @@ class QwenImage:
             outputs=(FieldSpec(name="prompt_emb", dtype="bfloat16", dims=("token", "channel"), ragged=True),),
             component="text_encoder",
             encode=encode_text,
+            note=note_on_text,
             recipe={
                 "template": TEMPLATE,
                 "num_dropped_tokens": NUM_PREFIX_TOKENS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from diffsynth_pipe.config import RunConfig
     from diffsynth_pipe.contracts import EncodeUnit, Sample
     from diffsynth_pipe.stages.plan import EncodePlan
+
+logger = logging.getLogger(__name__)
 
 
 def data_process(config: RunConfig, *, force: bool = False) -> StageResult:
@@ -57,6 +60,7 @@ def data_process(config: RunConfig, *, force: bool = False) -> StageResult:
             ),
             {"family": config.family, "units": units},
         )
+    _warn_of_notes(cache, encoding)
     return StageResult(
         stage="data_process",
         state="Completed" if force else STATE_OF_VERDICT[before.verdict],
@@ -64,6 +68,21 @@ def data_process(config: RunConfig, *, force: bool = False) -> StageResult:
         path=cache.root,
         summary={**summarize(before), "encoded": encoded},
     )
+
+
+def _warn_of_notes(cache: Cache, encoding: EncodePlan) -> None:
+    """Warn if samples have notes, whichever run encoded them."""
+    from cache_store.journal import read_notes
+
+    notes = read_notes(cache.root)
+    noted = [
+        f"{sample.source}: {unit} {notes[unit, key]}"
+        for sample, keys in zip(encoding.samples, encoding.keys, strict=True)
+        for unit, key in keys.items()
+        if (unit, key) in notes
+    ]
+    if noted:
+        logger.warning("notes: %d, first %s; `diffsynth-pipe cache info %s` tells", len(noted), noted[0], cache.root)
 
 
 def _encode(config: RunConfig, encoding: EncodePlan, cache: Cache, force: bool) -> dict[str, int]:
@@ -112,5 +131,6 @@ def _encode_unit(
     with tqdm(total=len(share), desc=f"data_process {unit.name}", unit="record") as progress:
         for (key, sample), inputs in loaded:
             fields = storage_arrays(encode(unit, components, inputs))
-            writer.add(unit.name, key, fields, unit.outputs, label=sample.source)
+            note = unit.note(components, inputs) if unit.note else None
+            writer.add(unit.name, key, fields, unit.outputs, label=sample.source, note=note or "")
             progress.update()
