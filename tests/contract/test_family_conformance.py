@@ -183,6 +183,14 @@ def test_units_yield_the_declared_fields(tiny):
         assert len({len(record[name]) for record in tiny.records}) > 1
 
 
+def test_units_have_nothing_to_note_on_ordinary_samples(tiny):
+    fields = tiny.records[1]
+    values = {"prompt": PROMPTS[1], "image": random_image(1), **fields}
+    for unit in tiny.family.units:
+        if unit.note is not None:
+            assert unit.note(tiny.components, {name: values[name] for name in unit.inputs}) is None
+
+
 def test_a_record_does_not_depend_on_what_was_encoded_before(tiny):
     for seed in (2, 0):
         again = encode(tiny.family, tiny.components, PROMPTS[seed], random_image(seed))

@@ -4,11 +4,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import zarr
 
 from cache_store.store import Cache
 from diffsynth_pipe.cli import main
 from diffsynth_pipe.stages.data_process import data_process
+from diffsynth_pipe.stages.plan import plan_train
 
 
 @pytest.fixture
@@ -112,6 +115,33 @@ def test_compaction_and_garbage_collection(config, run_config, cache_command, ed
     assert lines[0].startswith(f"sample {sample_id}  ")
     assert [line.split()[0] for line in lines[1:3]] == ["latents", "text"]
     assert any('"encode_dtype": "float32"' in line for line in lines[3:])
+
+
+def test_an_export_is_the_cache_of_the_same_run(config, run_config, cache_command, tmp_path):
+    target = tmp_path / "tars"
+    code, lines, _ = cache_command("export", config.cache_dir, target, "--backend", "webdataset")
+    assert (code, lines) == (0, [f"{target}: 6 samples, 11 of 11 records copied"])
+    moved = run_config(cache_path=str(target), cache_backend="webdataset")
+    assert data_process(moved).state == "Cached"
+    assert plan_train(moved).key == plan_train(config).key
+    assert cache_command("verify", target)[0] == 0
+
+
+def test_the_channels_of_latents_are_described(config, cache_command):
+    items = []
+    for folder in (config.cache_dir / "segments").iterdir():
+        for _, array in zarr.open_group(folder, mode="r")["latents"].members():
+            items += [(item.astype(np.uint32) << 16).view(np.float32).reshape(16, -1) for item in array[:]]
+    assert len(items) == 6
+    values = np.concatenate(items, axis=1).astype(np.float64)
+    _, lines, _ = cache_command("info", config.cache_dir)
+    for name, expected in (("means", values.mean(axis=1)), ("stds", values.std(axis=1))):
+        (numbers,) = [line for line in lines if line.startswith(f"latents channel {name}: ")]
+        found = [float(number) for number in numbers.partition(": ")[2].split()]
+        np.testing.assert_allclose(found, expected, rtol=5e-3)
+    far = [number for number, std in enumerate(values.std(axis=1)) if std < 0.5 or abs(values[number].mean()) > 1]
+    (verdict,) = [line for line in lines if line.startswith("latents channels ")]
+    assert verdict.startswith(f"latents channels {', '.join(map(str, far))} of 16 are far from mean 0 and std 1")
 
 
 def test_explain_says_what_changed_since_the_seal(config, run_file, cache_command, edit_rows):

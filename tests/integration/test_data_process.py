@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cache_store.journal import read_notes
 from cache_store.reader import BatchReader
 from cache_store.store import Cache
 from diffsynth_pipe.stages.data_process import data_process
@@ -145,6 +146,35 @@ def test_two_processes_share_the_work_without_a_barrier(run_config, run_file, tm
     second = data_process(config)
     assert sum(second.summary["encoded"].values()) + num_records(first) == 11
     assert len(Cache.open(config.cache_dir).latest()) == 6
+
+
+def test_truncated_captions_are_told_also_after_a_kill(run_config, run_file, edit_rows, cli):
+    def lengthen(rows):
+        rows[2]["prompt"] = rows[3]["prompt"] = "0" * 5000
+
+    edit_rows(lengthen)
+    config = run_config(cache_commit_seconds=0)
+    command = [sys.executable, "-m", "diffsynth_pipe.cli", "data-process", str(run_file(cache_commit_seconds=0))]
+    writer = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while writer.poll() is None and not read_notes(config.cache_dir):
+        pass
+    writer.send_signal(signal.SIGKILL)
+    assert writer.wait() == -signal.SIGKILL
+    assert Cache.open(config.cache_dir).latest() is None
+
+    for state in ("Resumed", "Cached"):
+        again = cli("data-process", run_file())
+        assert f"data_process: {state}" in again.stdout, again.stderr
+        (warning,) = [line for line in again.stderr.splitlines() if line.startswith("notes: ")]
+        assert warning.startswith("notes: 2, first ")
+        # 5000 digits and five tokens of the template, of which 4096 are encoded
+        assert ": text truncated, 909 of 5005 tokens were cut off; " in warning
+    described = cli("cache", "info", config.cache_dir).stdout.splitlines()
+    snapshot = Cache.open(config.cache_dir).latest()
+    assert described[described.index("notes       2") + 1 :] == [
+        f"  {snapshot.sample_id(row)}  {snapshot.source(row)}  text: truncated, 909 of 5005 tokens were cut off"
+        for row in (2, 3)
+    ]
 
 
 def num_records(result):

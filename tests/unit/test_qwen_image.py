@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffsynth_pipe.contracts import Batch, ComponentFiles
 from diffsynth_pipe.errors import ModelError
-from diffsynth_pipe.families.qwen_image import PLUGIN, encode_latents, encode_text, load_text_encoder
+from diffsynth_pipe.families.qwen_image import PLUGIN, encode_latents, encode_text, load_text_encoder, note_on_text
 from diffsynth_pipe.training.flow_match import sigma_grid
 
 CPU = torch.device("cpu")
@@ -68,6 +68,15 @@ def test_a_prompt_is_cut_at_4096_tokens(tiny_repo):
     encoder = load_text_encoder(files(tiny_repo, "text_encoder"), torch.float32, CPU)
     embedding = encode_text({"text_encoder": encoder}, {"prompt": "0" * 5000})["prompt_emb"]
     assert embedding.shape == (4096, 64)
+
+
+@pytest.mark.parametrize("num_digits", [0, 4091, 4092, 5000])
+def test_a_note_tells_how_many_tokens_were_cut(num_digits, tiny_repo):
+    encoder = load_text_encoder(files(tiny_repo, "text_encoder"), torch.float32, CPU)
+    note = note_on_text({"text_encoder": encoder}, {"prompt": "0" * num_digits})
+    # one token for each digit, and five for the template's end: <|im_end|> \n <|im_start|> assistant \n
+    num_cut = num_digits + 5 - 4096
+    assert note == (f"truncated, {num_cut} of {num_digits + 5} tokens were cut off" if num_cut > 0 else None)
 
 
 @pytest.mark.parametrize(("height_px", "width_px"), [(32, 32), (48, 80)])
