@@ -105,7 +105,9 @@ def _add_cache_commands(parser: argparse.ArgumentParser) -> None:
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     add("compact", _cache_compact, "copy the records of many small segments into few large ones")
     exported = add("export", _cache_export, "copy the newest snapshot into a new cache, of the same or another backend")
-    exported.add_argument("target", metavar="TARGET", type=root_of, help="a new folder, or an export that was interrupted")
+    exported.add_argument(
+        "target", metavar="TARGET", type=root_of, help="a new folder, or an export that was interrupted"
+    )
     exported.add_argument("--backend", required=True, choices=backend_names(), help="file format of the new cache")
     imported = add("import-diffsynth", _cache_import, "fill a new cache from the .pth records of DiffSynth-Studio")
     imported.add_argument("source", metavar="SOURCE", type=Path, help="output_path of its sft:data_process")

@@ -11,6 +11,7 @@ import pytest
 import zarr
 
 from cache_store.contract import CacheCorrupt, CacheError, FieldSpec
+from cache_store.export import export
 from cache_store.journal import RecordIndex, read_commits
 from cache_store.local_copies import LocalCopies
 from cache_store.maintain import compact
@@ -235,6 +236,19 @@ def test_small_segments_are_compacted(location):
     cache.seal(samples_of(range(6)), {})
     assert compact(cache) == (6, 1)
     assert_holds(cache.latest(), range(6))
+
+
+def test_a_cache_goes_to_disk_and_back(cache, location, tmp_path):
+    digest = cache.seal(samples_of(range(8)), {}).digest
+    back = root_of(f"{location}-back")
+    for source, target in ((cache.root, tmp_path / "disk"), (tmp_path / "disk", back)):
+        assert export(source, target, "webdataset").num_copied == 16
+        assert export(source, target, "webdataset").was_complete
+    snapshot = Cache.open(back).latest()
+    assert snapshot.digest == digest
+    assert_holds(snapshot, range(8))
+    with pytest.raises(CacheError, match="is or lies in the cache that is exported"):
+        export(cache.root, cache.root / "inside", "zarr")
 
 
 def test_a_bucket_that_is_not_there_is_one_clear_line(s3, capsys):
