@@ -41,8 +41,9 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## Measure the cache reader against its peers (ratios)
+bench: $(INSTALLED)  ## Measure the cache reader against its peers, on disk and S3, and the sampler at 10^12 samples
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python tests/bench/bench_sampler.py
 	$(BIN)/python tests/bench/bench_reader.py
 	$(BIN)/python tests/bench/bench_s3.py
 

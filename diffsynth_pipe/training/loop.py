@@ -110,10 +110,7 @@ class Loop:
             LaunchError: A loss or a weight is NaN or Inf.
         """
         config = self._config
-        ends = [self._sampler.num_steps((epoch + 1) * config.dataset_repeat) for epoch in range(config.num_epochs)]
-        num_steps = ends[-1]
-        save_at = set(range(config.save_steps, num_steps, config.save_steps) if config.save_steps else ends)
-        save_at.add(num_steps)
+        num_steps = self._sampler.num_steps(config.num_epochs * config.dataset_repeat)
         lora_path, lora_digest = self._run_dir, ""
         with (
             Metrics(self._run_dir, num_steps, enabled=self._accelerator.is_main_process) as metrics,
@@ -125,7 +122,7 @@ class Loop:
                 values = self._step(step, batches)
                 metrics.write(step, epoch=self._sampler.finished_passes(step - 1) // config.dataset_repeat, **values)
                 metrics.advance(values)
-                if step in save_at:
+                if step == num_steps or self._is_checkpoint_due(step):
                     lora_path, lora_digest = self._save(step)
             loss_after = self._validate()
             metrics.write(num_steps, validation_loss=loss_after)
@@ -136,6 +133,12 @@ class Loop:
             lora_path=lora_path,
             lora_digest=lora_digest,
         )
+
+    def _is_checkpoint_due(self, step: int) -> bool:
+        if self._config.save_steps:
+            return step % self._config.save_steps == 0
+        repeat = self._config.dataset_repeat
+        return step == self._sampler.num_steps(self._sampler.finished_passes(step) // repeat * repeat)
 
     def _plans(self, num_steps: int) -> Iterator[BatchPlan]:
         """Yield this rank's micro-batches of all steps."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 NUM_ROUNDS = 6
 
+I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
 
@@ -56,28 +57,29 @@ class BatchPlan(NamedTuple):
 
 
 class KeyedPermutation:
-    """A pseudo-random bijection of [0, size) with random access and O(1) memory."""
+    """Pseudo-random bijections of [0, size), one per key, with random access and O(1) memory."""
 
-    def __init__(self, size: int, key: str) -> None:
+    def __init__(self, size: int, *keys: str) -> None:
         self.size = size
         half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         self._half_bits = np.uint64(half_bits)
         self._mask = np.uint64((1 << half_bits) - 1)
-        digest = hashlib.blake2b(key.encode(), digest_size=8 * NUM_ROUNDS).digest()
-        self._round_keys = np.frombuffer(digest, dtype="<u8")
+        digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8 * NUM_ROUNDS).digest() for key in keys)
+        self._round_keys = np.frombuffer(digests, dtype="<u8").reshape(len(keys), NUM_ROUNDS).T
 
-    def __call__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Map positions to values, elementwise."""
-        values = self._encrypt(positions.astype(np.uint64))
+    def __call__(self, positions: I64, which: npt.NDArray[np.intp] | None = None) -> I64:
+        """Map positions to values, elementwise, each by the key of this number; by default by the first."""
+        round_keys = self._round_keys[:, np.zeros_like(positions) if which is None else which]
+        values = self._encrypt(positions.astype(np.uint64), round_keys)
         # The domain is less than 4 x size, so a walk takes fewer than 4 turns on average.
         while (outside := values >= self.size).any():
-            values[outside] = self._encrypt(values[outside])
+            values[outside] = self._encrypt(values[outside], round_keys[:, outside])
         return values.astype(np.int64)
 
-    def _encrypt(self, values: U64) -> U64:
+    def _encrypt(self, values: U64, round_keys: U64) -> U64:
         left, right = values >> self._half_bits, values & self._mask
-        for round_key in self._round_keys:
-            left, right = right, left ^ (_mix(right + round_key) & self._mask)
+        for keys in round_keys:
+            left, right = right, left ^ (_mix(right + keys) & self._mask)
         return (left << self._half_bits) | right
 
 
@@ -91,9 +93,10 @@ class BucketSampler:
     """Cuts every bucket's endless stream of passes into global batches, and mixes the buckets' batches.
 
     A pass visits each sample of a bucket once, in an order of its own. A batch may straddle two passes, so nothing is
-    padded and nothing dropped: after ``num_steps(passes)`` steps each sample was seen at least ``passes`` times, and
-    exactly so where the global batch divides ``passes`` x the bucket's size. Otherwise the last batch of the bucket
-    borrows from the next pass.
+    padded and nothing dropped: within ``num_steps(passes)`` steps each sample has every visit below ``passes`` exactly
+    once. Where the global batch does not divide ``passes`` x the bucket's size, the batch at the end of the bucket's
+    stream is filled from the next pass: it borrows ``-passes * size % global_batch_size`` visits, fewer than a batch,
+    and that pass does not repeat them. A pass's batches come in random order, so this one need not come last.
 
     Args:
         sizes: Number of samples per bucket, all at least 1.
@@ -135,8 +138,6 @@ class BucketSampler:
         size = self._sizes[bucket]
         start = number * self._global_batch_size
         visits, places = np.divmod(np.arange(start, start + self._global_batch_size, dtype=np.int64), size)
-        indices = np.empty_like(places)
-        for visit in np.unique(visits):
-            chosen = visits == visit
-            indices[chosen] = KeyedPermutation(size, f"{self._seed}/{bucket}/{visit}")(places[chosen])
-        return BatchPlan(bucket, tuple(indices.tolist()), tuple(visits.tolist()))
+        passes, which = np.unique(visits, return_inverse=True)
+        permutation = KeyedPermutation(size, *(f"{self._seed}/{bucket}/{number}" for number in passes.tolist()))
+        return BatchPlan(bucket, tuple(permutation(places, which).tolist()), tuple(visits.tolist()))

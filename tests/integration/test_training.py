@@ -250,6 +250,14 @@ def test_an_unfinished_attempt_is_started_over_and_gives_the_same_bytes(paramete
     assert load_config(first.path / "config.yaml", {}) == config
 
 
+def test_each_epoch_ends_in_a_checkpoint(parameters):
+    """Buckets of 4 and 2 samples in batches of 4: a pass takes 2 steps, and two passes 3."""
+    result = train(load_config(None, parameters | {"batch_size": 4, "dataset_repeat": 1, "num_epochs": 3}))
+    assert [path.name for path in sorted(result.path.glob("step-*"))] == [
+        f"step-{step:06d}.safetensors" for step in (2, 3, 5)
+    ]
+
+
 def test_lora_file_says_what_it_was_made_from(parameters, cache_dir):
     from safetensors import safe_open
 

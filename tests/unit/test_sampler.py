@@ -1,6 +1,8 @@
 """The order of samples: complete, the same for any number of ranks, and a function of the step alone."""
 
+import hashlib
 import itertools
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -12,6 +14,9 @@ from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.training.sampler import BatchPlan, BucketSampler, KeyedPermutation
 
 sizes = st.dictionaries(st.sampled_from("abcd"), st.integers(1, 12), min_size=1)
+large_sizes = st.dictionaries(st.sampled_from("abcd"), st.integers(10, 10**12), min_size=1)
+
+TRILLION = 10**12
 
 
 def visits_of(sampler, num_steps):
@@ -51,37 +56,45 @@ def test_with_global_batch_1_every_sample_comes_once_per_pass(sizes, passes, see
 
 @given(sizes=sizes, global_batch_size=st.integers(1, 30), passes=st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
-def test_every_sample_comes_at_least_once_per_pass_and_no_batch_is_wasted(sizes, global_batch_size, passes):
+def test_every_sample_comes_once_per_pass_and_the_last_batch_borrows_from_the_next(sizes, global_batch_size, passes):
     sampler = BucketSampler(sizes, global_batch_size, 0)
-    num_steps = sampler.num_steps(passes)
-    seen = visits_of(sampler, num_steps)
-    surplus = 0
+    seen = visits_of(sampler, sampler.num_steps(passes))
     for bucket, size in sizes.items():
+        num_borrowed = 0
         for index in range(size):
-            visits = sorted(seen[bucket, index])
+            visits = sorted(seen.pop((bucket, index)))
             assert visits == list(range(len(visits)))
             assert len(visits) >= passes
-            surplus += len(visits) - passes
-            if passes * size % global_batch_size == 0:
-                assert len(visits) == passes
-    assert surplus < len(sizes) * global_batch_size
-    assert num_steps * global_batch_size == passes * sum(sizes.values()) + surplus
+            num_borrowed += len(visits) - passes
+        assert num_borrowed == -passes * size % global_batch_size
+    assert not seen
 
 
-@given(sizes=sizes, seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
-def test_global_batches_are_the_same_for_1_2_and_4_ranks(sizes, seed):
-    for step in range(6):
-        plan = BucketSampler(sizes, 8, seed).plan(step)
-        for world_size, batch_size in ((1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (4, 1)):
+@given(sizes=sizes, global_batch_size=st.integers(1, 30), step=st.integers(0, 40), num_steps=st.integers(1, 10))
+@settings(max_examples=60, deadline=None)
+def test_an_order_goes_on_from_any_step(sizes, global_batch_size, step, num_steps):
+    whole = BucketSampler(sizes, global_batch_size, 3)
+    uninterrupted = [whole.plan(number) for number in range(step + num_steps)]
+    resumed = BucketSampler(sizes, global_batch_size, 3)
+    assert [resumed.plan(number) for number in range(step, step + num_steps)] == uninterrupted[step:]
+
+
+@given(sizes=large_sizes, step=st.integers(0, 10**9), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_global_batches_are_the_same_for_any_number_of_ranks(sizes, step, seed):
+    global_batch_size = 48
+    plan = BucketSampler(sizes, global_batch_size, seed).plan(step)
+    for world_size in (1, 2, 3, 4, 8, 16):
+        for batch_size in (1, global_batch_size // world_size):
             ranks = [
-                BucketSampler(sizes, 8, seed)
+                BucketSampler(sizes, global_batch_size, seed)
                 .plan(step)
                 .micro_batches(rank=rank, world_size=world_size, batch_size=batch_size)
                 for rank in range(world_size)
             ]
             parts = [part for micro_step in zip(*ranks, strict=True) for part in micro_step]
             assert {part.bucket for part in parts} == {plan.bucket}
+            assert {len(part.indices) for part in parts} == {batch_size}
             assert tuple(index for part in parts for index in part.indices) == plan.indices
             assert tuple(visit for part in parts for visit in part.visits) == plan.visits
 
@@ -101,13 +114,56 @@ def test_passes_and_buckets_are_mixed():
     assert 30 < turns < 70
 
 
-def test_an_order_of_a_trillion_samples_needs_no_memory():
-    sampler = BucketSampler({"a": 10**12 - 5, "b": 5}, 256, 0)
-    for step in (0, 3, 10**11):
-        plan = sampler.plan(step)
-        assert len(set(plan.indices)) == 256
-        assert sampler.finished_passes(step) <= plan.visits[0] <= sampler.finished_passes(step) + 1
-    assert BucketSampler({"a": 1000}, 1, 0).num_steps(10**9) == 10**12
+def permuted(size, key, position):
+    """The keyed permutation as its paper puts it, in Python's integers."""
+    half_bits = max(1, -(-(size - 1).bit_length() // 2))
+    digest = hashlib.blake2b(key.encode(), digest_size=48).digest()
+    while True:
+        left, right = divmod(position, 1 << half_bits)
+        for start in range(0, 48, 8):
+            mixed = (right + int.from_bytes(digest[start : start + 8], "little")) % 2**64
+            mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+            left, right = right, left ^ (mixed ^ mixed >> 31) % (1 << half_bits)
+        position = left << half_bits | right
+        if position < size:
+            return position
+
+
+@given(size=st.integers(1, TRILLION), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_arithmetic_is_exact_far_beyond_a_trillion_visits(size, data):
+    global_batch_size = 7
+    repeat = data.draw(st.integers(1, 10**18 // size))
+    sampler = BucketSampler({"a": size}, global_batch_size, 5)
+    num_steps = sampler.num_steps(repeat)
+    assert num_steps == -(-size * repeat // global_batch_size)
+    step = data.draw(st.integers(0, num_steps - 1) | st.just(num_steps - 1))
+    epoch = sampler.finished_passes(step)
+    first, end = (-(-passes * size // global_batch_size) for passes in (epoch, epoch + 1))
+    assert first <= step < end
+    start = global_batch_size * (first + permuted(end - first, f"5/order/{epoch}", step - first))
+    places = [divmod(place, size) for place in range(start, start + global_batch_size)]
+    plan = sampler.plan(step)
+    assert plan.visits == tuple(visit for visit, _ in places)
+    assert plan.indices == tuple(permuted(size, f"5/a/{visit}", place) for visit, place in places)
+
+
+@pytest.mark.parametrize("sizes", [{"a": TRILLION - 5, "b": 5}, {"a": TRILLION // 10**6}, {"a": 2, "b": 1}])
+def test_an_order_of_a_trillion_samples_needs_no_memory(sizes):
+    repeat = TRILLION // sum(sizes.values())
+    tracemalloc.start()
+    try:
+        sampler = BucketSampler(sizes, 256, 0)
+        num_steps = sampler.num_steps(repeat)
+        assert 0 <= num_steps * 256 - repeat * sum(sizes.values()) < 256 * len(sizes)
+        for step in (0, num_steps // 2, num_steps - 1):
+            plan = sampler.plan(step)
+            assert len(set(zip(plan.indices, plan.visits, strict=True))) == 256
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 1 << 18
 
 
 def test_the_order_stays_what_it_was():
