@@ -192,6 +192,8 @@ class ObjectPath:
 
     @property
     def _store(self) -> S3Store:
+        if _first_process() != os.getpid():
+            raise CacheError(f"{self}: obstore does not survive a fork; start the processes that read by spawn")
         return _connect(self._bucket)
 
     @contextlib.contextmanager
@@ -226,6 +228,12 @@ def root_of(location: str) -> Root:
     if importlib.util.find_spec("obstore") is None:
         raise CacheError(f"{location}: the extra s3 is not installed; pip install 'diffsynth-pipe[s3]'")
     return ObjectPath(SCHEME + bucket, PurePosixPath(key))
+
+
+@functools.cache
+def _first_process() -> int:
+    """Return the process that used obstore first: a forked one lacks the threads that answer, and would hang."""
+    return os.getpid()
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """A cache on ``s3://``, from its first record to a trained LoRA, against a real S3 API on loopback."""
 
+import concurrent.futures
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -227,6 +229,22 @@ def test_of_two_first_writers_with_different_backends_one_is_refused(location, t
         add_samples(caches[1], [1])
     assert Cache.open(root).backend == "zarr"
     assert_holds(caches[0].seal(samples_of([0]), {}), [0])
+
+
+def test_a_forked_reader_is_refused_and_a_spawned_one_reads(location):
+    cache = Cache.open_or_new(root_of(location))
+    add_samples(cache, [0])
+    snapshot = cache.seal(samples_of([0]), {})
+    outcomes = {}
+    for method in ("fork", "spawn"):
+        context = multiprocessing.get_context(method)
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            try:
+                outcomes[method] = pool.submit(snapshot.array_path(0).read_bytes).result(60)
+            except CacheError as error:
+                outcomes[method] = str(error)
+    assert outcomes["fork"].endswith("start the processes that read by spawn")
+    assert outcomes["spawn"] == snapshot.array_path(0).read_bytes()
 
 
 def test_small_segments_are_compacted(location):
