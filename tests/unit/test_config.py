@@ -299,7 +299,7 @@ def test_full_training_is_refused_for_now():
     ],
 )
 def test_a_wrong_value_is_named(name, value, run_file):
-    line = error_line(dataset_base_path="data", **{name: value})
+    line = error_line(**{"dataset_base_path": "data", name: value})
     assert line.startswith(f"{name}: ")
     path = run_file(yaml.safe_dump({"dataset_base_path": "data", name: value}))
     assert error_line(path).startswith(f"{name} in {path}: ")
