@@ -9,6 +9,7 @@ import secrets
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -210,13 +211,23 @@ def local_folder(folder: Root) -> Iterator[Path]:
 
 
 def read_files(folder: Root, pattern: str) -> list[tuple[str, bytes]]:
-    """Return name and bytes of the files right in a folder whose names fit a pattern, in order of names."""
+    """Return name and bytes of the files right in a folder whose names fit a pattern, in order of names.
+
+    One that is deleted meanwhile is left out: ``cache info`` needs no lock to look at a cache that is cleaned.
+    """
+
+    def read(path: Root) -> list[tuple[str, bytes]]:
+        try:
+            return [(path.name, path.read_bytes())]
+        except FileNotFoundError:
+            return []
+
     found: Iterator[Root] = folder.glob(pattern)
     paths = sorted(found, key=lambda path: path.name)
     if isinstance(folder, Path):
-        return [(path.name, path.read_bytes()) for path in paths]
+        return list(chain.from_iterable(map(read, paths)))
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        return list(zip([path.name for path in paths], pool.map(lambda path: path.read_bytes(), paths), strict=True))
+        return list(chain.from_iterable(pool.map(read, paths)))
 
 
 def file_sizes(folder: Root) -> dict[str, int]:

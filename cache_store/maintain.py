@@ -441,8 +441,9 @@ def compact(cache: Cache, *, segment_bytes: int = SEGMENT_BYTES) -> tuple[int, i
     small = {segment for segment, size in num_bytes.items() if size < segment_bytes // 2}
     if len(small) <= 1 + sum(num_bytes[segment] for segment in small) // segment_bytes:
         return len(num_bytes), len(num_bytes)
-    notes = read_notes(cache.root)
     with cache.writer(commit_seconds=math.inf, segment_bytes=segment_bytes) as writer:
+        # within the writer's block, where no garbage collection takes journals away
+        notes = read_notes(cache.root)
         for commit in snapshot.commits():
             if commit.segment in small:
                 with local_folder(cache.root / SEGMENTS / commit.segment) as folder:

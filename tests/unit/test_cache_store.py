@@ -611,3 +611,9 @@ def write_large_journal(root, num_samples, num_texts):
     entry = {"schema": 1, "segment": "large", "backend": "zarr", "arrays": arrays, "files": files, "units": units}
     payload = json.dumps(entry).encode()
     (root / "journal" / "large.jsonl").write_bytes(b"%08x %b\n" % (google_crc32c.value(payload), payload))
+
+
+def test_a_journal_that_vanishes_after_it_was_listed_is_left_out(cache):
+    # a link to nothing is listed and cannot be read, as a journal that garbage collection deletes in between
+    (cache.root / "journal" / "spent.jsonl").symlink_to("nothing")
+    assert cache.committed_keys() == {"latents": {key_of(number) for number in range(4)}}
