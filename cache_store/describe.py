@@ -12,7 +12,7 @@ from cache_store.channels import MAX_MEAN, MAX_STD, MIN_STD, has_channels, read_
 from cache_store.contract import CacheError, CacheNotFound
 from cache_store.durable import disk_errors, file_sizes
 from cache_store.journal import read_journal, read_notes, read_statistics
-from cache_store.manifest import read_recipe
+from cache_store.manifest import check_folders, read_manifest, read_recipe
 from cache_store.store import Cache
 
 if TYPE_CHECKING:
@@ -30,14 +30,20 @@ def list_caches(folder: Root) -> Iterator[str]:
 
     Raises:
         CacheNotFound: There is none.
+        CacheError: Some cannot be read; raised after the last line.
     """
-    roots = sorted(path.parent for path in folder.rglob("store.json"))
+    found: Iterator[Root] = folder.rglob("store.json")
+    roots = [root for root in sorted((path.parent for path in found), key=str) if _is_cache(root)]
     if not roots:
-        raise CacheNotFound(f"{folder} holds no cache: no store.json below it")
+        raise CacheNotFound(f"{folder} holds no cache: no store.json of one below it")
+    num_unreadable = 0
     for root in roots:
         try:
-            snapshot = Cache.open(root).latest()
+            cache = Cache.open(root)
+            check_folders(root)
+            snapshot = cache.latest()
         except CacheError as error:
+            num_unreadable += 1
             yield f"{root}  {error}"
             continue
         size = f"{sum(file_sizes(root).values()) / 1e6:.1f} MB"
@@ -45,6 +51,18 @@ def list_caches(folder: Root) -> Iterator[str]:
             yield f"{root}  not sealed  {size}"
         else:
             yield f"{root}  {len(snapshot)} samples  {size}  sealed {snapshot.header['created']}"
+    if num_unreadable:
+        raise CacheError(f"{folder}: {num_unreadable} of {len(roots)} caches cannot be read; see their lines")
+
+
+def _is_cache(root: Root) -> bool:
+    try:
+        read_manifest(root)
+    except CacheNotFound:
+        return False
+    except CacheError:
+        pass
+    return True
 
 
 def describe(root: Root) -> list[str]:
@@ -54,6 +72,7 @@ def describe(root: Root) -> list[str]:
         CacheNotFound, CacheCorrupt, CacheSchemaError: There is no cache, or it cannot be read.
     """
     cache = Cache.open(root)
+    check_folders(root)
     with disk_errors(root):
         snapshot = cache.latest()
         contents = read_journal(root)

@@ -20,6 +20,7 @@ from cache_store.manifest import (
     SCRATCH,
     SEGMENTS,
     SNAPSHOTS,
+    check_folders,
     create_store,
     is_manifest_intact,
     read_manifest,
@@ -28,6 +29,7 @@ from cache_store.manifest import (
 )
 from cache_store.snapshot import (
     read_seal,
+    refuse_newer_snapshots,
     seal_path,
     snapshot_numbers,
     snapshot_path,
@@ -90,6 +92,8 @@ def repair(root: Root) -> Repair:
     with disk_errors(root), FolderLock(root) as lock:
         if not lock.try_exclude():
             raise CacheError(f"cache {root} is in use; repair it when nothing writes to it")
+        read_journal(root)  # it and the next line refuse what a newer version wrote, before anything is changed
+        refuse_newer_snapshots(root)
         _repair_manifest(root, done)
         backend = read_manifest(root)
         create_store(root, backend)
@@ -299,7 +303,8 @@ def collect_garbage(
         dry_run: Only say what would be deleted.
 
     Raises:
-        CacheNotFound, CacheCorrupt, CacheSchemaError: There is no cache, or a snapshot to be kept is damaged.
+        CacheNotFound, CacheCorrupt, CacheSchemaError: There is no cache, or a folder of it or a snapshot to be kept is
+            missing or damaged.
         CacheError: A writer is at work, or the disk refuses.
     """
     root = _lockable(root, "`cache export` the newest snapshot into a new cache, and delete this one")
@@ -307,6 +312,7 @@ def collect_garbage(
     with disk_errors(root), FolderLock(root) as lock:
         if not lock.try_exclude():
             raise CacheError(f"cache {root} is in use; collect its garbage when nothing writes to it")
+        check_folders(root)
         garbage = _find_garbage(cache, root, keep, time.time() - grace_s, unsealed)
         if not dry_run:
             _delete(root, garbage)
@@ -373,6 +379,8 @@ def _delete(root: Path, garbage: Garbage) -> None:
             path.unlink()
     fsync_folder(root / SNAPSHOTS)
     doomed = [root / SEGMENTS / name for name in garbage.segments] + [root / name for name in garbage.leftovers]
+    if doomed:
+        (root / SCRATCH).mkdir(exist_ok=True)  # copies may leave out an empty folder
     for path in doomed:
         # out of sight first: half a segment under its name would look like damage
         away = root / SCRATCH / path.name
@@ -429,12 +437,17 @@ def compact(cache: Cache, *, segment_bytes: int = SEGMENT_BYTES) -> tuple[int, i
 
     Raises:
         CacheNotFound: There is no snapshot.
-        CacheCorrupt: A record is damaged.
+        CacheCorrupt: A folder or a file is missing, or a record is damaged.
+        CacheSchemaError: A newer version wrote to the journal.
         CacheError: The disk refuses.
     """
+    check_folders(cache.root)
+    with disk_errors(cache.root):
+        read_journal(cache.root)  # before segments are written that could not be sealed
     snapshot = cache.latest()
     if snapshot is None:
         raise CacheNotFound(f"{cache.root} has no snapshot to compact; run data-process first")
+    snapshot.check_files()
     num_bytes = dict.fromkeys(snapshot.segments, 0)
     for number, file_bytes in enumerate(snapshot.array_bytes.tolist()):
         num_bytes[snapshot.segments[int(snapshot.array_segments[number])]] += file_bytes

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 from crc32c import crc32c
 
-from cache_store.contract import CacheCorrupt, CacheNotFound, CacheSchemaError
+from cache_store.backends import backend_names
+from cache_store.contract import CacheCorrupt, CacheError, CacheNotFound, CacheSchemaError
 from cache_store.durable import fsync_folder, publish_new_file, replace_file, scratch_folder, write_file
+from cache_store.object_path import ObjectPath
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +30,7 @@ SEGMENTS = "segments"
 JOURNAL = "journal"
 RECIPES = "recipes"
 SNAPSHOTS = "snapshots"
+FOLDERS = (SEGMENTS, JOURNAL, RECIPES, SNAPSHOTS)
 
 
 def read_manifest(root: Root) -> str:
@@ -36,22 +39,48 @@ def read_manifest(root: Root) -> str:
     Raises:
         CacheNotFound: The folder is not a cache.
         CacheCorrupt: ``store.json`` is damaged.
-        CacheSchemaError: A newer version wrote the cache.
+        CacheSchemaError: A newer version wrote the cache, or one with another backend.
+        CacheError: The disk refuses.
     """
     path = root / "store.json"
     try:
         manifest = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise CacheNotFound(f"{root} is not a cache: no store.json; run data-process first") from None
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read ({error.strerror}); check it and its permissions") from None
     except ValueError as error:
-        raise CacheCorrupt(f"{path} is damaged: {error}; restore it, or choose another cache_path") from None
+        raise CacheCorrupt(f"{path} is damaged: {error}; run `diffsynth-pipe cache repair {root}`") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CacheNotFound(f"{root} is not a cache: its store.json is of something else; choose another cache_path")
     if not isinstance(manifest.get("schema"), int) or manifest["schema"] > SCHEMA:
         raise CacheSchemaError(
             f"{path}: schema {manifest.get('schema')!r} is newer than {SCHEMA}; upgrade diffsynth-pipe"
         )
-    return str(manifest.get("backend"))
+    backend, known = manifest.get("backend"), backend_names()
+    if backend not in known:
+        raise CacheSchemaError(f"{path}: backend {backend!r} is not one of {', '.join(known)}; upgrade diffsynth-pipe")
+    return str(backend)
+
+
+def missing_folders(root: Root) -> list[str]:
+    """Return the folders that a cache must have and this one lacks, as after a copy that was cut short."""
+    if isinstance(root, ObjectPath):  # there are no folders, only what lies in them
+        return []
+    return [name for name in FOLDERS if not (root / name).is_dir()]
+
+
+def check_folders(root: Root) -> None:
+    """Refuse a cache that lacks a folder.
+
+    Raises:
+        CacheCorrupt: Names the first that is missing.
+    """
+    missing = missing_folders(root)
+    if missing:
+        raise CacheCorrupt(
+            f"{root / missing[0]} is missing: copy the whole cache, or run `diffsynth-pipe cache repair {root}`"
+        )
 
 
 def create_store(root: Root, backend: str) -> None:
@@ -69,7 +98,7 @@ def create_store(root: Root, backend: str) -> None:
         fsync_folder(root.parent)
     if (found := read_manifest(root)) != backend:
         raise CacheSchemaError(f"cache {root} has backend {found!r}, not {backend!r}; set cache_backend")
-    for name in (SEGMENTS, JOURNAL, RECIPES, SNAPSHOTS):
+    for name in FOLDERS:
         (root / name).mkdir(exist_ok=True)
     fsync_folder(root)
 

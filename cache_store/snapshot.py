@@ -135,9 +135,7 @@ class Snapshot:
         path = snapshot_path(root, number)
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-                schema = int(file["schema"])
-                if schema > SCHEMA:
-                    raise CacheSchemaError(f"{path}: schema {schema} is newer than {SCHEMA}; upgrade diffsynth-pipe")
+                _check_schema(path, int(file["schema"]))
                 columns = {name: file[name] for name in file.files}
             snapshot = cls(root, backend, number, path, columns)
             if snapshot.header["number"] != number:
@@ -289,6 +287,23 @@ def snapshot_numbers(root: Root) -> list[int]:
 def latest_number(root: Root) -> int | None:
     """Return the number of the newest snapshot, if any."""
     return max(snapshot_numbers(root), default=None)
+
+
+def refuse_newer_snapshots(root: Root) -> None:
+    """Look by their seals whether all snapshots are of a version that this one knows.
+
+    Raises:
+        CacheSchemaError: A newer version wrote one.
+    """
+    for number in snapshot_numbers(root):
+        seal = read_seal(root, number)
+        if seal is not None:
+            _check_schema(seal_path(root, number), seal["schema"])
+
+
+def _check_schema(path: Root, schema: int) -> None:
+    if schema > SCHEMA:
+        raise CacheSchemaError(f"{path}: schema {schema} is newer than {SCHEMA}; upgrade diffsynth-pipe")
 
 
 def tabulate(samples: Iterable[SealedSample], index: RecordIndex) -> tuple[Columns, str]:

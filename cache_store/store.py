@@ -11,7 +11,15 @@ from cache_store.contract import CacheCorrupt, CacheError, CacheNotFound, CacheS
 from cache_store.durable import FolderLock, disk_errors
 from cache_store.journal import RecordIndex, read_commits
 from cache_store.manifest import SCHEMA, SCRATCH, create_store, read_manifest, recipe_id, write_recipe
-from cache_store.snapshot import SealedSample, Snapshot, latest_number, publish, samples_digest, tabulate
+from cache_store.snapshot import (
+    SealedSample,
+    Snapshot,
+    latest_number,
+    publish,
+    refuse_newer_snapshots,
+    samples_digest,
+    tabulate,
+)
 from cache_store.writer import Writer
 
 if TYPE_CHECKING:
@@ -53,7 +61,7 @@ class Cache:
 
         Raises:
             CacheError: The folder holds something else.
-            CacheSchemaError: The cache there has another backend or a newer schema.
+            CacheSchemaError: The cache there has another backend, or a newer schema in ``store.json`` or a snapshot.
         """
         if (root / "store.json").exists():
             cache = cls.open(root)
@@ -62,7 +70,11 @@ class Cache:
                     f"cache {root} has backend {cache.backend!r}, not {backend!r}; set cache_backend, or choose another"
                     " cache_path"
                 )
+            with disk_errors(root):
+                refuse_newer_snapshots(root)  # before work is done that could not be sealed
             return cache
+        if root.exists() and not root.is_dir():
+            raise CacheError(f"{root} is a file, not a cache; choose another cache_path")
         with disk_errors(root):
             foreign = sorted(path.name for path in root.iterdir() if path.name != SCRATCH) if root.exists() else []
         if foreign:

@@ -12,7 +12,15 @@ from cache_store.backends import load_backend
 from cache_store.contract import CHECKSUM_BYTES, CacheCorrupt, CacheNotFound, Placement
 from cache_store.durable import FolderLock, disk_errors, file_checksum, file_sizes, local_folder
 from cache_store.journal import read_journal
-from cache_store.manifest import RECIPES, SEGMENTS, SNAPSHOTS, is_manifest_intact, read_manifest, read_recipe
+from cache_store.manifest import (
+    RECIPES,
+    SEGMENTS,
+    SNAPSHOTS,
+    is_manifest_intact,
+    missing_folders,
+    read_manifest,
+    read_recipe,
+)
 from cache_store.object_path import ObjectPath
 from cache_store.snapshot import Snapshot, read_seal, seal_path, snapshot_numbers, snapshot_path
 
@@ -46,6 +54,7 @@ def verify(root: Root, *, full: bool) -> list[str]:
     backend = read_manifest(root)
     with disk_errors(root), FolderLock(root) as lock:
         lines = [] if is_manifest_intact(root) else ["store.json is damaged"]
+        lines += [f"{name} is missing" for name in missing_folders(root)]
         is_at_rest = lock.try_exclude()
         contents = read_journal(root)
         if is_at_rest or isinstance(root, ObjectPath):  # otherwise a writer may be in the middle of a line

@@ -6,9 +6,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 import zarr
+from PIL import Image
 
-from cache_store.store import Cache
+from cache_store.contract import FieldSpec
+from cache_store.durable import file_checksum
+from cache_store.journal import encode_line
+from cache_store.manifest import FORMAT, SCHEMA, encode_manifest
+from cache_store.snapshot import seal_path
+from cache_store.store import Cache, SealedSample
 from diffsynth_pipe.cli import main
 from diffsynth_pipe.stages.data_process import data_process
 from diffsynth_pipe.stages.plan import plan_train
@@ -162,20 +169,205 @@ def test_explain_says_what_changed_since_the_seal(config, run_file, cache_comman
     assert last == "samples: 0 as sealed, 5 changed, 0 new, 1 gone"
 
 
-@pytest.mark.parametrize("command", ["info", "verify", "repair", "gc", "compact", "explain"])
-@pytest.mark.parametrize("state", ["missing", "empty", "newer", "half"])
-def test_what_is_no_cache_is_one_line_and_exit_code_2(command, state, tmp_path, cache_command):
+COMMANDS = ("ls", "info", "verify", "repair", "gc", "compact", "explain", "import-diffsynth")
+# what could delete or write the most
+OPTIONS = {"gc": ("--keep", "1", "--grace-hours", "0", "--unsealed")}
+
+
+def write_cache(root):
+    """Write a sealed cache of three samples in three segments."""
+    cache, samples = Cache.open_or_new(root), []
+    field = FieldSpec(name="latents", dtype="float32", dims=("channel",))
+    recipe = cache.put_recipe({"unit": "latents"})
+    with cache.writer(commit_seconds=0) as writer:
+        for number in range(3):
+            key = f"{number:032x}"
+            writer.add("latents", key, {"latents": np.full(4, number, np.float32)}, [field])
+            samples.append(SealedSample(key, "32x32", f"row {number + 1}", {"latents": key}))
+    cache.seal(samples, {"family": "qwen_image", "units": {"latents": recipe}})
+    assert len(list((root / "segments").iterdir())) == 3
+
+
+def nothing(root):
+    pass
+
+
+def user_folder(root):
+    for name in ("journal", "segments", "tmp"):
+        (root / name).mkdir(parents=True)
+    (root / "journal" / "monday.jsonl").write_text('{"mood": "good"}\n')
+    (root / "tmp" / "notes.txt").write_text("mine")
+
+
+def other_store(root):
+    root.mkdir()
+    (root / "store.json").write_text('{"format": "something else", "schema": 3}')
+
+
+def write_store(root, **values):
+    (root / "store.json").write_bytes(encode_manifest({"format": FORMAT, "schema": SCHEMA, "backend": "zarr"} | values))
+
+
+def newer_journal(root):
+    write_cache(root)
+    session = "29991231T235959999999-1-abcdef"
+    entry = {"schema": SCHEMA + 1, "session": session, "segment": f"{session}-000000", "chapters": []}
+    (root / "journal" / f"{session}.jsonl").write_bytes(encode_line(entry))
+    # something to repair or to collect, so that leaving all as it is means a refusal
+    (root / "journal" / "29991231T235959999999-2-abcdef.jsonl").write_bytes(b"torn")
+    (root / "tmp" / "unfinished").write_bytes(b"1")
+
+
+def newer_snapshot(root):
+    write_cache(root)
+    (path,) = (root / "snapshots").glob("*.npz")
+    with np.load(path) as file:
+        columns = dict(file)
+    np.savez(path, **columns | {"schema": np.int64(SCHEMA + 1)})
+    seal = {"schema": SCHEMA + 1, "number": 1, "bytes": path.stat().st_size, "crc32c": file_checksum(path)}
+    seal_path(root, 1).write_bytes(encode_line(seal))
+    (root / "journal" / "29991231T235959999999-2-abcdef.jsonl").write_bytes(b"torn")
+
+
+def after(change):
+    """Return a function that writes a whole cache, then changes it."""
+
+    def write(root):
+        write_cache(root)
+        change(root)
+
+    return write
+
+
+def without(*names):
+    return after(lambda root: [shutil.rmtree(root / name) for name in names])
+
+
+def emptied(name):
+    def change(root):
+        shutil.rmtree(root / name)
+        (root / name).mkdir()
+
+    return after(change)
+
+
+def cut_short(pattern):
+    def change(root):
+        paths = [path for path in root.glob(pattern) if path.is_file()]
+        assert paths
+        for path in paths:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return after(change)
+
+
+ALL_FOLDERS = ("segments", "journal", "recipes", "snapshots", "tmp")
+
+# how the folder comes to be; the commands that succeed, because they need nothing of what is foreign or newer
+FOREIGN = {
+    "missing": (nothing, ("import-diffsynth",)),
+    "empty": (lambda root: root.mkdir(), ("import-diffsynth",)),
+    "user's folder": (user_folder, ()),
+    "file": (lambda root: root.write_text("mine"), ()),
+    "store.json of something else": (other_store, ()),
+    "store.json is a folder": (lambda root: (root / "store.json").mkdir(parents=True), ()),
+    "newer store.json": (after(lambda root: write_store(root, schema=SCHEMA + 1)), ()),
+    "newer backend": (after(lambda root: write_store(root, backend="parquet")), ()),
+    "newer journal": (newer_journal, ("ls", "explain")),
+    "newer snapshot": (newer_snapshot, ()),
+}
+
+# how the copy was cut short; a word of what verify says of it; the commands that succeed
+HALF = {
+    "only store.json": (without(*ALL_FOLDERS), "segments is missing", ("repair", "import-diffsynth")),
+    "no segments": (without("segments"), "c/0/0 is missing", ("explain", "import-diffsynth")),
+    "segments are empty": (emptied("segments"), "c/0/0 is missing", ("ls", "gc", "explain", "import-diffsynth")),
+    "segments are cut": (
+        cut_short("segments/**/0"),
+        "bytes, not ",
+        ("ls", "gc", "repair", "explain", "import-diffsynth"),
+    ),
+    "no journal": (without("journal"), "journal is missing", ("repair", "explain", "import-diffsynth")),
+    "journal is empty": (emptied("journal"), "no journal has", tuple({*COMMANDS} - {"verify"})),
+    "no snapshots": (without("snapshots"), "snapshots is missing", ("repair", "import-diffsynth")),
+    "snapshot is cut": (cut_short("snapshots/*.npz"), "000001.npz is missing or damaged", ("import-diffsynth",)),
+    "no recipes": (without("recipes"), "recipes is missing", ("explain", "import-diffsynth")),
+    "no tmp": (without("tmp"), "every byte is what was written", COMMANDS),
+    "store.json is empty": (after(lambda root: (root / "store.json").write_bytes(b"")), "", ("repair",)),
+    "no store.json": (after(lambda root: (root / "store.json").unlink()), "", ("repair",)),
+}
+
+
+@pytest.fixture(scope="module")
+def reference_cache(tmp_path_factory):
+    """A cache of DiffSynth-Studio with one record."""
+    folder = tmp_path_factory.mktemp("reference")
+    latents = torch.zeros(1, 16, 4, 4, dtype=torch.bfloat16)
+    shared = {"input_latents": latents, "input_image": Image.new("RGB", (32, 32)), "height": 32, "width": 32}
+    positive = {
+        "prompt_emb": torch.ones(1, 5, 64, dtype=torch.bfloat16),
+        "prompt_emb_mask": torch.ones(1, 5, dtype=torch.int64),
+    }
+    torch.save((shared, positive, {}), folder / "0.pth")
+    return folder
+
+
+@pytest.fixture
+def run_command(cache_command, reference_cache):
+    """Run a cache command on a folder; return its exit code, its lines, its lines on stderr, and what it changed."""
+
+    def run(command, root):
+        source = (reference_cache,) if command == "import-diffsynth" else ()
+        before = contents(root)
+        code, lines, errors = cache_command(command, root, *source, *OPTIONS.get(command, ()))
+        now = contents(root)
+        changed = {name for name in before.keys() | now.keys() if before.get(name, ...) != now.get(name, ...)}
+        return code, lines, errors, changed & before.keys(), changed - before.keys()
+
+    return run
+
+
+def contents(root):
+    """Return the bytes of a file, or of all files below a folder; None for a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in (root, *root.rglob("*")) if path.exists()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("state", FOREIGN)
+def test_what_is_no_cache_or_a_newer_one_is_refused_and_left_alone(state, command, tmp_path, run_command):
     root = tmp_path / "c"
-    if state != "missing":
-        root.mkdir()
-    if state == "newer":
-        (root / "store.json").write_text('{"format": "diffsynth-pipe cache", "schema": 2, "backend": "zarr"}')
-    if state == "half":
-        (root / "store.json").write_text('{"format": "diffsynth-pipe ca')
-    code, lines, errors = cache_command(command, root)
-    assert (code, lines, len(errors)) == (2, [], 1)
+    write, succeeding = FOREIGN[state]
+    write(root)
+    code, lines, errors, changed, added = run_command(command, root)
+    assert not changed
+    if command in succeeding:
+        assert code == 0
+        assert not added or command == "import-diffsynth"
+        return
+    assert (code, len(errors), added) == (2, 1, set())
     assert errors[0].startswith("error: ")
     assert str(root) in errors[0]
+    assert not lines or command == "ls"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("state", HALF)
+def test_half_a_copy_is_named_and_only_repair_changes_what_is_there(state, command, tmp_path, run_command):
+    root = tmp_path / "c"
+    write, word, succeeding = HALF[state]
+    write(root)
+    code, lines, errors, changed, added = run_command(command, root)
+    assert not changed or command == "repair"
+    assert not added or command in ("repair", "import-diffsynth") or (command, code) == ("compact", 0)
+    if command in succeeding:
+        assert code == 0
+    else:
+        assert (code, len(errors)) == (2, 1)
+        assert errors[0].startswith("error: ")
+        assert str(root) in errors[0]
+        assert not lines or command in ("ls", "verify", "repair")
+    if command == "verify":
+        assert any(word in line for line in lines) == bool(word)
 
 
 @pytest.mark.parametrize("command", ["repair", "explain"])
