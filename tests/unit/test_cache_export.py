@@ -257,7 +257,7 @@ def other_records(cache, target):
     ("make", "words"),
     [
         (the_source, "is or lies in the cache that is exported"),
-        (a_file, "Not a directory"),
+        (a_file, "is a file, not a cache"),
         (a_folder, "holds 'notes.txt'"),
         (another_backend, "is a cache with backend 'zarr', not 'webdataset'"),
         (other_samples, "is a cache of other samples"),
