@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from cache_store.durable import file_sizes
+from cache_store.durable import disk_errors, file_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -33,11 +33,15 @@ class LocalCopies:
         folder: Where copies of all caches are.
         max_bytes: What this cache may take on the disk; processes that start to read at once may each take as much.
         segments: Segments that are read; if the disk is over the limit, copies of others are deleted.
+
+    Raises:
+        CacheError: The disk refuses the folder.
     """
 
     def __init__(self, root: ObjectPath, folder: Path, max_bytes: int, segments: Collection[str]) -> None:
         self._folder = folder / blake3(str(root).encode()).hexdigest(length=16)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._free_bytes = max_bytes - _disk_bytes(self._folder)
         if self._free_bytes <= 0:
@@ -47,12 +51,17 @@ class LocalCopies:
             self._free_bytes = max_bytes - _disk_bytes(self._folder)
 
     def open(self, segment: str, name: str, num_bytes: int) -> int:
-        """Return a descriptor of the copy of a file of this size, for reading and writing."""
+        """Return a descriptor of the copy of a file of this size, for reading and writing.
+
+        Raises:
+            CacheError: The disk refuses.
+        """
         path = self._folder / segment / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        if os.fstat(fd).st_size != num_bytes:
-            os.ftruncate(fd, num_bytes)
+        with disk_errors(self._folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if os.fstat(fd).st_size != num_bytes:
+                os.ftruncate(fd, num_bytes)
         return fd
 
     def keep(self, fd: int, offset: int, data: memoryview) -> None:

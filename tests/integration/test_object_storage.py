@@ -12,6 +12,7 @@ import obstore.store
 import pytest
 import zarr
 
+from cache_store.backends import load_backend
 from cache_store.contract import CacheCorrupt, CacheError, FieldSpec
 from cache_store.export import export
 from cache_store.journal import RecordIndex, read_commits
@@ -196,11 +197,18 @@ def test_copies_keep_within_their_limit(location, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_a_folder_of_copies_that_cannot_be_is_named(cache, tmp_path):
+    snapshot = cache.seal(samples_of(range(8)), {})
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(CacheError, match="taken"):
+        LocalCopies(snapshot.root, tmp_path / "taken", 10**9, snapshot.segments)
+
+
 def test_damage_is_named(cache, s3):
     snapshot = cache.seal(samples_of(range(8)), {})
     path = snapshot.array_path(snapshot.placements("latents", [0])[0, 0])
     row = snapshot.placements("latents", [0])[0]
-    offset = BatchReader(snapshot, ["latents"])._backend.offset(snapshot.arrays[row[0]].layout, int(row[1]))
+    offset = load_backend(snapshot.backend).offset(snapshot.arrays[row[0]].layout, int(row[1]))
     edit_object(s3, path, lambda data: data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
     with pytest.raises(CacheCorrupt, match=rf"latents of sample {key_of(0)} .* fails its checksum"):
         assert_holds(snapshot, range(8))
