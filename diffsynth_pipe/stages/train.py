@@ -86,6 +86,7 @@ def _train_lora(config: RunConfig, family: ModelFamily, files: ComponentFiles, s
     from diffsynth_pipe.training import engine as engines
     from diffsynth_pipe.training.loop import Loop, Lora
     from diffsynth_pipe.training.lora import adapter_metadata, add_lora, lora_parameters
+    from diffsynth_pipe.training.loss_module import LossModule
 
     accelerator = engines.start_accelerator(config)
     with accelerator.main_process_first():
@@ -120,11 +121,10 @@ def _train_lora(config: RunConfig, family: ModelFamily, files: ComponentFiles, s
         },
     )
     begin = time.perf_counter()
-    engine = engines.start(accelerator, dit.train(), config)
+    model = LossModule(family, load_task(config.task_name), {"dit": dit.train()})
+    engine = engines.start(accelerator, model, config)
     result = Loop(
         config,
-        family=family,
-        task=load_task(config.task_name),
         engine=engine,
         source=source,
         lora=lora,

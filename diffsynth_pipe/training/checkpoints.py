@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from blake3 import blake3
 
 from cache_store.durable import replace_file
 from diffsynth_pipe.errors import LaunchError
+from diffsynth_pipe.training.zero3 import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,13 +33,7 @@ def gather(parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
     Raises:
         LaunchError: A weight is NaN or Inf.
     """
-    partitioned = any(hasattr(parameter, "ds_id") for parameter in parameters.values())
-    whole: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if partitioned:
-        import deepspeed
-
-        whole = deepspeed.zero.GatheredParameters(list(parameters.values()))
-    with whole:
+    with whole(parameters.values()):
         tensors = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
     for name, tensor in tensors.items():
         assert tensor.numel(), f"{name} was not gathered"

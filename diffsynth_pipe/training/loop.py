@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-    from torch.nn import Module, Parameter
+    from torch.nn import Parameter
 
     from diffsynth_pipe.config import RunConfig
-    from diffsynth_pipe.contracts import Batch, ModelFamily, TrainingTask
+    from diffsynth_pipe.contracts import Batch
     from diffsynth_pipe.training.engine import Engine
     from diffsynth_pipe.training.sampler import BatchPlan
     from diffsynth_pipe.training.sources import SampleSource
@@ -71,9 +71,7 @@ class Loop:
 
     Args:
         config: The run.
-        family: Calls the denoiser.
-        task: Computes the loss.
-        engine: Holds the denoiser.
+        engine: Holds the models.
         source: Yields the samples.
         lora: What is trained.
         run_dir: Gets ``metrics.jsonl`` and the checkpoints.
@@ -83,19 +81,14 @@ class Loop:
         self,
         config: RunConfig,
         *,
-        family: ModelFamily,
-        task: TrainingTask,
         engine: Engine,
         source: SampleSource,
         lora: Lora,
         run_dir: Path,
     ) -> None:
         self._config = config
-        self._family = family
-        self._task = task
         self._engine = engine
         self._accelerator = engine.accelerator
-        self._models: dict[str, Module] = {"dit": engine.model}
         self._source = source
         self._lora = lora
         self._run_dir = run_dir
@@ -166,7 +159,7 @@ class Loop:
             waited_s += time.perf_counter() - wait_begin
             with accelerator.accumulate(engine.model):
                 draws = SampleDraws(self._config.seed, batch.sample_ids, batch.visits)
-                loss = self._task.loss(self._family, self._models, batch, draws)
+                loss = engine.model(batch, draws)
                 accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:
                     # DeepSpeed has clipped and stepped by now; it only returns the norm here.
@@ -211,9 +204,7 @@ class Loop:
 
     def _validate(self) -> float | None:
         return validation_loss(
-            self._family,
-            self._task,
-            self._models,
+            self._engine.model,
             self._source,
             self._config.num_validation_samples,
             self._accelerator.device,

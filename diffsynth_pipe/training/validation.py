@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from diffsynth_pipe.contracts import ModelFamily, TrainingTask
     from diffsynth_pipe.training.sources import SampleSource
 
 NUM_LEVELS = 4
@@ -55,9 +54,7 @@ def validation_plans(bucket_sizes: Mapping[str, int], num_samples: int) -> list[
 
 @torch.no_grad()
 def validation_loss(
-    family: ModelFamily,
-    task: TrainingTask,
-    models: Mapping[str, Module],
+    model: Module,
     source: SampleSource,
     num_samples: int,
     device: torch.device,
@@ -70,5 +67,5 @@ def validation_loss(
     losses = []
     for raw in source.batches(validation_plans(source.bucket_sizes, num_samples)):
         batch = to_device(raw, device, compute_dtype)
-        losses.append(task.loss(family, models, batch, ValidationDraws(batch.sample_ids, batch.visits)))
+        losses.append(model(batch, ValidationDraws(batch.sample_ids, batch.visits)))
     return float(torch.cat(losses).double().mean()) if losses else None

@@ -20,6 +20,7 @@ from diffsynth_pipe.errors import LaunchError
 from diffsynth_pipe.stages.data_process import data_process
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.train import main
+from diffsynth_pipe.training.loss_module import LossModule
 from diffsynth_pipe.training.randomness import SampleDraws
 from diffsynth_pipe.training.sampler import BucketSampler
 from diffsynth_pipe.training.sources import CachedSource
@@ -196,8 +197,8 @@ def test_diffusers_loads_the_lora_and_gives_the_loss_that_training_ended_with(pa
     source = CachedSource(Cache.open(cache_dir).latest(), ["latents", "prompt_emb"])
 
     def loss():
-        models = {"dit": pipe.transformer}
-        return validation_loss(FAMILY, load_task("sft"), models, source, 3, torch.device("cpu"), torch.float32)
+        model = LossModule(FAMILY, load_task("sft"), {"dit": pipe.transformer})
+        return validation_loss(model, source, 3, torch.device("cpu"), torch.float32)
 
     assert loss() == pytest.approx(run["loss_before"], rel=1e-7)
     pipe.load_lora_weights(result.path / run["lora_path"])
