@@ -97,20 +97,50 @@ class RunConfig(BaseModel):
     quant_options: str | None = _planned("model loading", "weights", None, "Quantisation, model:method[/excluded].")
 
     learning_rate: Positive = _setting(
-        "training", "weights", 1e-4, "Constant learning rate of AdamW. 1e-4 suits a LoRA, 1e-5 full training."
+        "training", "weights", 1e-4, "Peak learning rate. 1e-4 suits a LoRA, 1e-5 full training."
     )
+    lr_scheduler: Literal[
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "diffsynth",
+    ] = _setting(
+        "training",
+        "weights",
+        "constant",
+        "Course of the learning rate, by diffusers' names. diffsynth: constant, but a third in the first 5 steps.",
+    )
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = _setting(
+        "training", "weights", 0, "Optimizer steps in which the learning rate rises from 0."
+    )
+    lr_num_cycles: Count = _setting("training", "weights", 1, "Restarts of cosine_with_restarts.")
+    lr_power: Positive = _setting("training", "weights", 1.0, "Power of polynomial.")
     num_epochs: Count = _setting("training", "weights", 1, "Epochs, each of dataset_repeat passes.")
-    trainable_models: str | None = _planned(
-        "training", "weights", None, "Models to train in full: dit, vae, text_encoder."
+    trainable_models: str | None = _setting(
+        "training", "weights", None, "Models to train in full, comma-separated: dit, text_encoder."
     )
     find_unused_parameters: bool = _setting(
         "training", "nothing", False, "Let DDP look for parameters without a gradient. No effect under DeepSpeed."
     )
-    weight_decay: NonNegative = _setting("training", "weights", 0.01, "Weight decay of AdamW.")
+    weight_decay: NonNegative = _setting("training", "weights", 0.01, "Weight decay of the optimizer.")
     task: str = _setting(
         "training", "weights", "sft", "What is minimised; :data_process or :train after it runs that stage alone."
     )
-    customized_optimizer: str | None = _planned("training", "weights", None, "Dotted path of an optimizer class.")
+    customized_optimizer: str | None = _setting(
+        "training",
+        "weights",
+        None,
+        "Dotted path of an optimizer class, called with (params, lr, weight_decay). Default: torch's AdamW.",
+    )
+    use_ema: bool = _setting(
+        "training", "weights", False, "Also keep and save an exponential moving average of what is trained."
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = _setting(
+        "training", "weights", 0.9999, "Decay of the moving average; lower in the first steps."
+    )
 
     output_path: str = _setting(
         "output",
@@ -119,10 +149,22 @@ class RunConfig(BaseModel):
         "Folder of the results; for sft:data_process without cache_path, the cache itself.",
     )
     remove_prefix_in_ckpt: Literal["pipe.dit.", ""] = _setting(
-        "output", "nothing", "pipe.dit.", "Prefix to strip from saved names; LoRA files never carry it."
+        "output",
+        "nothing",
+        "pipe.dit.",
+        "Empty: names in files of fully trained models start with pipe.<model>., and diffusers cannot load them.",
     )
     save_steps: Count | None = _setting(
         "output", "nothing", None, "Optimizer steps between checkpoints. Default: one checkpoint per epoch."
+    )
+    save_minutes: NonNegative = _setting(
+        "output",
+        "nothing",
+        10.0,
+        "Minutes between checkpoints that only serve to resume; the next one takes the place of the last.",
+    )
+    checkpoints_total_limit: Count | None = _setting(
+        "output", "nothing", None, "Checkpoints to keep: the newest, and the best. Default: all of them."
     )
 
     lora_base_model: str | None = _setting("LoRA", "weights", None, "Model that gets the LoRA: dit.")
@@ -326,6 +368,20 @@ class RunConfig(BaseModel):
         if (self.height is None) != (self.width is None):
             message = f"height, width: set both or neither, got height={self.height}, width={self.width}"
             raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_uses_its_settings(self) -> Self:
+        users = {
+            "lr_warmup_steps": ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+            "lr_num_cycles": ("cosine_with_restarts",),
+            "lr_power": ("polynomial",),
+        }
+        for name, schedulers in users.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and self.lr_scheduler not in schedulers:
+                message = f"{name}: lr_scheduler {self.lr_scheduler!r} has no use for it, only {', '.join(schedulers)}"
+                raise ValueError(message)
         return self
 
     @property

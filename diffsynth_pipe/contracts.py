@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from cache_store.contract import FieldSpec
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,10 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, device, dtype
     from torch.nn import Module
 
-    from cache_store.contract import FieldSpec
-
 Components = Mapping[str, Any]
-"""Loaded components by name. A value is a module, or the family's own bundle of a module and what it needs."""
+"""Loaded components by name. A value is a module, or the family's own bundle of it (as ``model``) and what it needs."""
 
 
 class Input(Protocol):
@@ -90,6 +89,24 @@ class EncodeUnit:
     note: Callable[[Components, Mapping[str, Any]], str | None] | None = None
 
 
+def column_unit(column: str) -> EncodeUnit:
+    """Return the unit that stores a text column as UTF-8 bytes, for units that read it in every training step."""
+
+    def encode(_: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        import torch
+
+        return {column: torch.tensor(list(inputs[column].encode()), dtype=torch.uint8)}
+
+    stored = FieldSpec(name=column, dtype="uint8", dims=("byte",), ragged=True)
+    return EncodeUnit(name=column, inputs=(column,), outputs=(stored,), component=None, encode=encode)
+
+
+def module_of(component: Any) -> Module:
+    """Return the module of a loaded component: itself, or what its family's bundle calls ``model``."""
+    module: Module = getattr(component, "model", component) if not hasattr(component, "parameters") else component
+    return module
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentFiles:
     """Where one component lies on this machine.
@@ -114,12 +131,15 @@ class ComponentSpec:
         class_name: What ``config.json`` calls it (``_class_name`` or the first of ``architectures``).
         companions: Sibling folders it cannot do without.
         load: Loads it in eval mode, frozen, in the given dtype, on the given device.
+        trained_part: What the names of the parameters start with that full training reaches; the others, such as the
+            vision tower of a text encoder, would only decay.
     """
 
     subfolder: str
     class_name: str
     load: Callable[[ComponentFiles, dtype, device], Any]
     companions: tuple[str, ...] = ()
+    trained_part: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

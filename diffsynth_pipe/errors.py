@@ -49,4 +49,18 @@ class RunDirBusy(LaunchError):
     """Another process trains into this run directory."""
 
 
+class TrainingStopped(Exception):
+    """A signal asked for the end; what was trained is saved, and the same command goes on from there.
+
+    Attributes:
+        step: The last optimizer step.
+        signal_number: What came; None if another rank got it.
+    """
+
+    def __init__(self, step: int, signal_number: int | None) -> None:
+        super().__init__(f"stopped after step {step}; the same command goes on")
+        self.step = step
+        self.signal_number = signal_number
+
+
 USER_ERRORS: tuple[type[Exception], ...] = (PipeError, CacheError)

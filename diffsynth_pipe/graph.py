@@ -22,11 +22,13 @@ class Cut:
         cached: Units that run once, in order; every one of them is needed after the cut.
         live: Units that run in every training step, in order.
         crossing: Fields and metadata columns that come from before the cut and are read after it.
+        columns: Those of them that are metadata columns.
     """
 
     cached: tuple[EncodeUnit, ...]
     live: tuple[EncodeUnit, ...]
     crossing: tuple[str, ...]
+    columns: tuple[str, ...]
 
 
 def cut(units: Sequence[EncodeUnit], trainable: frozenset[str], wanted: tuple[str, ...]) -> Cut:
@@ -71,6 +73,7 @@ def cut(units: Sequence[EncodeUnit], trainable: frozenset[str], wanted: tuple[st
         cached=tuple(units[index] for index in sorted(needed)),
         live=tuple(units[index] for index in sorted(live)),
         crossing=tuple(crossing),
+        columns=tuple(name for name, writer in crossing.items() if writer is None),
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 
-from diffsynth_pipe.errors import USER_ERRORS
+from diffsynth_pipe.errors import USER_ERRORS, TrainingStopped
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
 
 
@@ -27,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
             from diffsynth_pipe.stages.train import train
 
             result = train(config)
+    except TrainingStopped as stopped:
+        if rank == "0":
+            sys.stderr.write(f"{stopped}\n")
+        return 128 + (stopped.signal_number or signal.SIGTERM)
     except USER_ERRORS as error:
         where = "" if rank == "0" else f" in rank {rank}"
         sys.stderr.write(f"error{where}: {error}\n")

@@ -130,11 +130,13 @@ def _data_process_lines(result: StageResult) -> list[str]:
 
 def _train_lines(result: StageResult) -> list[str]:
     summary = result.summary
-    lora_path = (result.path / summary["lora_path"]).resolve()
-    pipeline = summary["pipeline_class"] or "DiffusionPipeline"
     lines = [summary["engine"], f"{summary['num_steps']} steps"]
     if summary["loss_before"] is not None:
         lines.append(f"loss at fixed noise {summary['loss_before']:.4f} -> {summary['loss_after']:.4f}")
+    if summary["lora_path"] is None:
+        return [*lines, *(f"weights {(result.path / file).resolve()}" for file in summary["files"])]
+    lora_path = (result.path / summary["lora_path"]).resolve()
+    pipeline = summary["pipeline_class"] or "DiffusionPipeline"
     return [
         *lines,
         f"LoRA {lora_path}",

@@ -131,6 +131,7 @@ class QwenImage:
             class_name="Qwen2_5_VLForConditionalGeneration",
             load=load_text_encoder,
             companions=("tokenizer",),
+            trained_part="model.language_model.",
         ),
         "vae": ComponentSpec(subfolder="vae", class_name="AutoencoderKLQwenImage", load=load_vae),
         "dit": ComponentSpec(subfolder="transformer", class_name="QwenImageTransformer2DModel", load=load_dit),

@@ -61,25 +61,15 @@ class LiveSource:
         Raises:
             DataError: A file cannot be decoded.
         """
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-
         from diffsynth_pipe.contracts import Batch
+        from diffsynth_pipe.training.sources import collate
 
         specs = [spec for unit in self._units for spec in unit.outputs]
         for plan, loaded in map_ahead(self._load, plans, self._num_threads):
-            records = [self._encode(inputs) for _, inputs in loaded]
-            columns = {spec: [record[spec.name] for record in records] for spec in specs}
+            fields, lengths = collate(specs, [self._encode(inputs) for _, inputs in loaded])
             yield Batch(
-                fields={
-                    spec.name: pad_sequence(items, batch_first=True) if spec.ragged else torch.stack(items)
-                    for spec, items in columns.items()
-                },
-                lengths={
-                    spec.name: torch.tensor([len(item) for item in items])
-                    for spec, items in columns.items()
-                    if spec.ragged
-                },
+                fields=fields,
+                lengths=lengths,
                 sample_ids=tuple(sample.sample_id for sample, _ in loaded),
                 visits=plan.visits,
             )

@@ -6,17 +6,19 @@ The cache's journal and snapshots, and ``run.json`` of a training run, are the o
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cache_store.contract import CacheCorrupt, CacheNotFound
 from cache_store.durable import file_sizes
-from diffsynth_pipe.contracts import load_family, load_task
+from diffsynth_pipe.config import comma_list
+from diffsynth_pipe.contracts import column_unit, load_family, load_task
 from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.fingerprint import component_digest, json_digest, record_key, unit_recipe
 from diffsynth_pipe.graph import Cut, cut
 from diffsynth_pipe.hub import resolve_components
+from diffsynth_pipe.training.run_dir import resumable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,21 +104,43 @@ class EncodePlan:
 
 
 def trainable_models(config: RunConfig) -> frozenset[str]:
-    """Return the components that receive gradients.
+    """Return the components that receive gradients, as a whole or through a LoRA.
 
     Raises:
-        ConfigError: There are none.
+        ConfigError: There are none, one is unknown or cannot be trained, or one is named twice.
     """
-    names = frozenset({config.lora_base_model} - {None, ""})
-    if not names:
-        message = "nothing to train: set --lora_base_model, for example --lora_base_model dit"
+    family = load_family(config.family)
+    full = comma_list(config.trainable_models)
+    for name in full:
+        if name not in family.components:
+            known = ", ".join(family.components)
+            raise ConfigError(f"trainable_models: {config.family} has no {name!r}, only {known}")
+        if name == "vae":
+            message = "trainable_models: training the vae is not supported; train dit or text_encoder"
+            raise ConfigError(message)
+    lora = config.lora_base_model
+    if lora and lora != "dit":
+        raise ConfigError(f"lora_base_model: only 'dit' can get a LoRA, got {lora!r}; name others in trainable_models")
+    if lora and lora in full:
+        message = f"lora_base_model, trainable_models: both name {lora!r}; train it in full or by a LoRA"
         raise ConfigError(message)
-    return names  # type: ignore[return-value]
+    names = frozenset({*full, *([lora] if lora else [])})
+    if not names:
+        message = "nothing to train: set --lora_base_model, for example --lora_base_model dit, or --trainable_models"
+        raise ConfigError(message)
+    return names
 
 
 def plan_cut(config: RunConfig, family: ModelFamily) -> Cut:
-    """Cut the family's graph for the models that this run trains."""
-    return cut(family.units, trainable_models(config), load_task(config.task_name).fields(family))
+    """Cut the family's graph for the models that this run trains; metadata columns that cross are stored too."""
+    split = cut(family.units, trainable_models(config), load_task(config.task_name).fields(family))
+    return replace(split, cached=(*split.cached, *map(column_unit, split.columns)))
+
+
+def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:
+    """Return the components that a training step runs: the denoiser, and those of live units."""
+    live = {unit.component for unit in plan_cut(config, family).live if unit.component}
+    return sorted({"dit"} | live)
 
 
 def plan_encoding(config: RunConfig) -> EncodePlan:
@@ -214,7 +238,7 @@ def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
     family = load_family(config.family)
     if data_digest is None:
         data_digest = latest_snapshot(config).header["digest"]
-    base = resolve_components(config, family, sorted(trainable_models(config)))
+    base = resolve_components(config, family, models_after_cut(config, family))
     key = json_digest(
         {
             "version": TRAIN_VERSION,
@@ -227,17 +251,21 @@ def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
     run = read_run(run_dir)
     if run is not None and run["key"] == key:
         return StagePlan(stage="train", verdict="hit", key=key, path=run_dir, why=f"trained: {run['num_steps']} steps")
-    why = "started, not finished: trains from the first step" if run_dir.exists() else "not trained yet"
+    states = resumable(run_dir)
+    if states:
+        why = f"stopped after step {states[-1].step}"
+        return StagePlan(stage="train", verdict="resume", key=key, path=run_dir, why=why)
+    why = "stopped before its first checkpoint" if run_dir.exists() else "not trained yet"
     return StagePlan(stage="train", verdict="build", key=key, path=run_dir, why=why)
 
 
 def read_run(run_dir: Path) -> dict[str, Any] | None:
-    """Return ``run.json`` of a finished run whose LoRA file is there; None otherwise."""
+    """Return ``run.json`` of a finished run whose last checkpoint is there; None otherwise."""
     try:
         run: dict[str, Any] = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    return run if (run_dir / run["lora_path"]).is_file() else None
+    return run if all((run_dir / file).is_file() for file in run["files"]) else None
 
 
 def summarize(plan: StagePlan) -> dict[str, Any]:

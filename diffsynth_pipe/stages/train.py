@@ -1,8 +1,9 @@
-"""Stage 2: train a LoRA of the denoiser from a sealed snapshot, or from live encoders. Runs in every rank."""
+"""Stage 2: train a LoRA, whole models, or both, from a sealed snapshot or from live encoders. Runs in every rank."""
 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -12,54 +13,62 @@ from cache_store.durable import replace_file
 from cache_store.local_copies import LocalCopies
 from cache_store.object_path import ObjectPath
 from diffsynth_pipe.config import comma_list
-from diffsynth_pipe.contracts import load_family, load_task
-from diffsynth_pipe.errors import CacheMismatch, ConfigError
+from diffsynth_pipe.contracts import load_family, load_task, module_of
+from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError
 from diffsynth_pipe.fingerprint import component_digest, json_digest
 from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.stages.plan import (
+    STATE_OF_VERDICT,
     StageResult,
     latest_snapshot,
+    models_after_cut,
     plan_cut,
     plan_encoding,
     plan_train,
     summarize,
     trainable_models,
 )
+from diffsynth_pipe.training.run_dir import file_digest, resumable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from diffsynth_pipe.config import RunConfig
     from diffsynth_pipe.contracts import ComponentFiles, ModelFamily
+    from diffsynth_pipe.graph import Cut
+    from diffsynth_pipe.training.loop import ResumePoint
+    from diffsynth_pipe.training.outputs import Output
     from diffsynth_pipe.training.sources import SampleSource
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> StageResult:
     """Train, and write ``run.json`` at the very end; a run that has one is left as it is.
 
-    With ``sft:train`` the samples are the newest snapshot's, and of the models only the denoiser's files are opened.
-    With ``sft`` they are encoded in this process, to the same bits, and the run has the same key. An unfinished earlier
-    attempt in the run directory is started over: its metrics are moved aside, its checkpoints get the same bytes again.
+    With ``sft:train`` the samples are the newest snapshot's, and only the models after the cut are opened. With ``sft``
+    they are encoded in this process, to the same bits, and the run has the same key. A run that was stopped goes on
+    from its newest checkpoint.
 
     Raises:
         CacheNotFound: There is no sealed snapshot.
-        CacheMismatch: The cache was made for another denoiser.
+        CacheMismatch: The cache was made for another denoiser, or to train other models.
+        TrainingStopped: A signal came; the state is saved.
         ModelError, ConfigError, LaunchError: As their messages say.
     """
     family = load_family(config.family)
-    if trainable_models(config) != {"dit"}:
-        raise ConfigError(f"lora_base_model: only 'dit' can be trained yet, got {config.lora_base_model!r}")
-    files = resolve_components(config, family, ["dit"])["dit"]
-    source = _cached_source(config, family, files) if config.stage == "train" else _live_source(config)
-    return _train_lora(config, family, files, source)
+    split = plan_cut(config, family)
+    files = resolve_components(config, family, models_after_cut(config, family))
+    source = _cached_source(config, family, split, files) if config.stage == "train" else _live_source(config)
+    return _train(config, family, split, files, source)
 
 
-def _cached_source(config: RunConfig, family: ModelFamily, files: ComponentFiles) -> SampleSource:
-    """Open the newest snapshot and check that its fields fit the denoiser."""
+def _cached_source(
+    config: RunConfig, family: ModelFamily, split: Cut, files: Mapping[str, ComponentFiles]
+) -> SampleSource:
+    """Open the newest snapshot and check that its fields fit the models."""
     from diffsynth_pipe.training.sources import CachedSource
 
-    split = plan_cut(config, family)
-    assert not split.live, "no unit runs the denoiser"
     snapshot = latest_snapshot(config)
     if snapshot.header["family"] != config.family:
         raise CacheMismatch(
@@ -67,7 +76,14 @@ def _cached_source(config: RunConfig, family: ModelFamily, files: ComponentFiles
             "set family, or run data-process into another cache_path"
         )
     shapes = {name: min(shapes) for name, shapes in snapshot.field_shapes().items()}
-    family.check_fields(json.loads((files.folder / "config.json").read_text(encoding="utf-8")), shapes)
+    missing = [name for name in split.crossing if name not in shapes]
+    if missing:
+        trained = ", ".join(sorted(trainable_models(config)))
+        raise CacheMismatch(
+            f"cache {snapshot.root} holds {', '.join(shapes)}, but training {trained} "
+            f"also needs {', '.join(missing)}; run data-process with this run's trainable_models and lora_base_model"
+        )
+    family.check_fields(json.loads((files["dit"].folder / "config.json").read_text(encoding="utf-8")), shapes)
     copies = None
     if isinstance(snapshot.root, ObjectPath) and config.cache_copies_gb > 0:
         num_bytes = int(config.cache_copies_gb * 1e9)
@@ -82,17 +98,23 @@ def _live_source(config: RunConfig) -> SampleSource:
     return LiveSource(config, plan_encoding(config))
 
 
-def _train_lora(config: RunConfig, family: ModelFamily, files: ComponentFiles, source: SampleSource) -> StageResult:
+def _train(
+    config: RunConfig,
+    family: ModelFamily,
+    split: Cut,
+    files: Mapping[str, ComponentFiles],
+    source: SampleSource,
+) -> StageResult:
     from diffsynth_pipe.training import engine as engines
-    from diffsynth_pipe.training.loop import Loop, Lora
-    from diffsynth_pipe.training.lora import adapter_metadata, add_lora, lora_parameters
+    from diffsynth_pipe.training.loop import Loop
     from diffsynth_pipe.training.loss_module import LossModule
+    from diffsynth_pipe.training.state import WEIGHTS, load_weights
 
     accelerator = engines.start_accelerator(config)
     with accelerator.main_process_first():
         # The first rank digests the weights; the others find the digests it stored.
         plan = plan_train(config, source.digest)
-        base_model_digest = component_digest(files)
+        digests = {name: component_digest(component) for name, component in files.items()}
     run_dir = plan.path
     assert isinstance(run_dir, Path)
     if plan.verdict == "hit":
@@ -101,51 +123,124 @@ def _train_lora(config: RunConfig, family: ModelFamily, files: ComponentFiles, s
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
         config.save(run_dir / "config.yaml")
+    resume = _resume_point(run_dir, plan.key)
+    engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
     device = engines.load_device(accelerator, initialize_model_on_cpu=config.initialize_model_on_cpu)
-    dit = family.components["dit"].load(files, engines.compute_dtype(), device)
-    targets = comma_list(config.lora_target_modules) or family.lora_target_modules
-    add_lora(dit, targets, config.lora_rank, config.seed)
-    if config.use_gradient_checkpointing:
-        dit.enable_gradient_checkpointing()
-    lora = Lora(
-        parameters=lora_parameters(dit, family.lora_prefix),
-        adapter=adapter_metadata(targets, config.lora_rank, family.lora_prefix),
-        lineage={
-            "version": version("diffsynth-pipe"),
-            "config_digest": json_digest(config.keyed("weights")),
-            "samples_digest": source.digest,
-            "base_model_digest": base_model_digest,
-            "seed": config.seed,
-            "lora_rank": config.lora_rank,
-            "lora_alpha": config.lora_rank,
-        },
-    )
+    components = {
+        name: family.components[name].load(component, engines.compute_dtype(), device)
+        for name, component in files.items()
+    }
+    lineage = {
+        "version": version("diffsynth-pipe"),
+        "config_digest": json_digest(config.keyed("weights")),
+        "samples_digest": source.digest,
+        "base_model_digest": digests["dit"],
+        "seed": config.seed,
+    }
+    outputs = _make_trainable(config, family, components, files, lineage)
+    model = LossModule(family, load_task(config.task_name), components, split)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if resume:
+        load_weights(trainable, resume.checkpoint.state_folder / f"{WEIGHTS}.safetensors")
     begin = time.perf_counter()
-    model = LossModule(family, load_task(config.task_name), {"dit": dit.train()})
     engine = engines.start(accelerator, model, config)
     result = Loop(
         config,
+        key=plan.key,
         engine=engine,
         source=source,
-        lora=lora,
+        trainable=trainable,
+        outputs=outputs,
         run_dir=run_dir,
+        resume=resume,
     ).run()
     run: dict[str, Any] = {
         "key": plan.key,
         "num_steps": result.num_steps,
         "loss_before": result.loss_before,
         "loss_after": result.loss_after,
-        "lora_path": result.lora_path.name,
-        "lora_digest": result.lora_digest,
-        **_base_model(files),
+        "files": list(result.files),
+        "lora_path": next((file for file in result.files if file.endswith("_lora.safetensors")), None),
+        **_base_model(files["dit"]),
         "engine": engine.description,
         "world_size": accelerator.num_processes,
         "elapsed_s": round(time.perf_counter() - begin, 3),
     }
     if accelerator.is_main_process:
+        run["digests"] = {file: file_digest(run_dir / file) for file in result.files}
         replace_file(run_dir / "run.json", (json.dumps(run, indent=2) + "\n").encode(), run_dir)
     accelerator.end_training()
-    return StageResult(stage="train", state="Completed", key=plan.key, path=run_dir, summary=run)
+    return StageResult(stage="train", state=STATE_OF_VERDICT[plan.verdict], key=plan.key, path=run_dir, summary=run)
+
+
+def _resume_point(run_dir: Path, key: str) -> ResumePoint | None:
+    """Return the newest checkpoint of the run that is whole; None if there is none."""
+    from diffsynth_pipe.training.loop import STATE_VERSION, ResumePoint
+
+    for checkpoint in reversed(resumable(run_dir)):
+        try:
+            state = checkpoint.read_state()
+        except LaunchError as error:
+            logger.warning("%s; going back to an older checkpoint", error)
+            continue
+        if state["key"] != key:
+            raise ConfigError(f"{checkpoint.path} is a checkpoint of another run; move it out of {run_dir}")
+        if state["version"] != STATE_VERSION:
+            raise ConfigError(
+                f"{checkpoint.path} was written by another version; finish the run with that, or move {run_dir} away"
+            )
+        return ResumePoint(checkpoint=checkpoint, state=state)
+    return None
+
+
+def _make_trainable(
+    config: RunConfig,
+    family: ModelFamily,
+    components: Mapping[str, Any],
+    files: Mapping[str, ComponentFiles],
+    lineage: Mapping[str, object],
+) -> list[Output]:
+    """Unfreeze what is to be trained, add the LoRA, and return what a checkpoint holds of both."""
+    from diffsynth_pipe.training.lora import adapter_metadata, add_lora, lora_parameters
+    from diffsynth_pipe.training.outputs import LoraOutput, ModelOutput
+
+    outputs: list[Output] = []
+    for name in comma_list(config.trainable_models):
+        spec, module = family.components[name], module_of(components[name])
+        for parameter_name, parameter in module.named_parameters():
+            parameter.requires_grad_(parameter_name.startswith(spec.trained_part))
+        module.train()
+        outputs.append(
+            ModelOutput(
+                model=module,
+                name=name,
+                subfolder=spec.subfolder,
+                files=files[name],
+                prefix="" if config.remove_prefix_in_ckpt else f"pipe.{name}.",
+                lineage=lineage,
+            )
+        )
+    if config.lora_base_model:
+        dit = components["dit"]
+        targets = comma_list(config.lora_target_modules) or family.lora_target_modules
+        add_lora(dit, targets, config.lora_rank, config.seed)
+        file_names = {id(parameter): name for name, parameter in lora_parameters(dit, family.lora_prefix).items()}
+        outputs.append(
+            LoraOutput(
+                name="dit",
+                file_names={
+                    f"models.dit.{name}": file_names[id(parameter)]
+                    for name, parameter in dit.named_parameters()
+                    if id(parameter) in file_names
+                },
+                adapter=adapter_metadata(targets, config.lora_rank, family.lora_prefix),
+                lineage={**lineage, "lora_rank": config.lora_rank, "lora_alpha": config.lora_rank},
+            )
+        )
+    components["dit"].train()
+    if config.use_gradient_checkpointing:
+        components["dit"].enable_gradient_checkpointing()
+    return outputs
 
 
 def _base_model(files: ComponentFiles) -> Mapping[str, str | None]:

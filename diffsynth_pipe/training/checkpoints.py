@@ -1,4 +1,4 @@
-"""LoRA files: gathered from all ranks, checked, written so that a crash leaves the old file or the new one."""
+"""LoRA files: written so that a crash leaves the old file or the new one, and read back."""
 
 from __future__ import annotations
 
@@ -12,34 +12,17 @@ from blake3 import blake3
 
 from cache_store.durable import replace_file
 from diffsynth_pipe.errors import LaunchError
-from diffsynth_pipe.training.zero3 import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
-    from torch.nn import Parameter
 
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers looks for rank and alpha: ``diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY``."""
 
 LINEAGE_KEY = "diffsynth_pipe"
-
-
-def gather(parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
-    """Copy parameters to the CPU, whole, also where ZeRO-3 has partitioned them. Every rank must take part.
-
-    Raises:
-        LaunchError: A weight is NaN or Inf.
-    """
-    with whole(parameters.values()):
-        tensors = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
-    for name, tensor in tensors.items():
-        assert tensor.numel(), f"{name} was not gathered"
-        if not tensor.isfinite().all():
-            raise LaunchError(f"{name} is NaN or Inf after training; lower --learning_rate or --max_grad_norm")
-    return tensors
 
 
 def write_lora(
@@ -62,7 +45,7 @@ def write_lora(
         LaunchError: The disk gave back other bytes.
     """
     metadata = {"format": "pt", ADAPTER_METADATA_KEY: _json(adapter), LINEAGE_KEY: _json(lineage)}
-    payload = _with_metadata(safetensors.torch.save(dict(tensors)), metadata)
+    payload = with_metadata(safetensors.torch.save(dict(tensors)), metadata)
     replace_file(path, payload, path.parent)
     with safetensors.safe_open(path, framework="pt") as file:
         names = set(file.keys())
@@ -78,7 +61,7 @@ def _json(value: Mapping[str, object]) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _with_metadata(payload: bytes, metadata: Mapping[str, str]) -> bytes:
+def with_metadata(payload: bytes, metadata: Mapping[str, str]) -> bytes:
     """Add metadata to a safetensors file; safetensors itself writes it in an order that differs from call to call."""
     length = int.from_bytes(payload[:8], "little")
     header = {"__metadata__": metadata, **json.loads(payload[8 : 8 + length])}

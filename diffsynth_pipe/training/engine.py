@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffsynth_pipe.errors import ConfigError, LaunchError
+from diffsynth_pipe.training.optim import make_optimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,6 +80,33 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def set_accumulation(accelerator: Accelerator, config: RunConfig, num_micro_batches: int | None) -> None:
+    """Set the micro-steps per optimizer step, so that a run that goes on has the global batch it began with.
+
+    Args:
+        accelerator: Not used yet.
+        config: The run.
+        num_micro_batches: Micro-batches of an optimizer step over all ranks when the run began; None if it begins now.
+
+    Raises:
+        ConfigError: They do not divide among the ranks.
+    """
+    world_size = accelerator.num_processes
+    if num_micro_batches is None:
+        return
+    if num_micro_batches % world_size:
+        raise ConfigError(
+            f"the run began with {num_micro_batches} micro-batches per optimizer step, which do not divide among "
+            f"{world_size} ranks; go on with another number of ranks"
+        )
+    num_steps = num_micro_batches // world_size
+    accelerator.gradient_accumulation_steps = num_steps
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        plugin.deepspeed_config["gradient_accumulation_steps"] = num_steps
+        plugin.deepspeed_config["train_batch_size"] = config.batch_size * num_micro_batches
+
+
 def compute_dtype() -> torch.dtype:
     """Return bf16 on CUDA and fp32 on CPU, where bf16 is two orders of magnitude slower."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -91,13 +119,12 @@ def load_device(accelerator: Accelerator, *, initialize_model_on_cpu: bool) -> t
 
 
 def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
-    """Wrap the denoiser and make its optimizer, AdamW at a constant learning rate.
+    """Wrap the model and make its optimizer.
 
     Raises:
         LaunchError: The engine is not the one that the launch configuration asks for.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(config, (parameter for parameter in model.parameters() if parameter.requires_grad))
     model, optimizer = accelerator.prepare(model, optimizer)
     engine = _describe_engine(model)
     dtype = compute_dtype()

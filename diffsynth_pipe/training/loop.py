@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import safetensors.torch
 import torch
 
-from diffsynth_pipe.errors import LaunchError
-from diffsynth_pipe.training import checkpoints
+from diffsynth_pipe.errors import LaunchError, TrainingStopped
+from diffsynth_pipe.training import run_dir as run_dirs
+from diffsynth_pipe.training import state as states
 from diffsynth_pipe.training.metrics import Metrics
+from diffsynth_pipe.training.optim import MovingAverage, learning_rates
 from diffsynth_pipe.training.randomness import SampleDraws
 from diffsynth_pipe.training.sampler import BucketSampler
+from diffsynth_pipe.training.signals import StopSignals
 from diffsynth_pipe.training.sources import to_device
 from diffsynth_pipe.training.validation import validation_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -28,23 +34,26 @@ if TYPE_CHECKING:
     from diffsynth_pipe.config import RunConfig
     from diffsynth_pipe.contracts import Batch
     from diffsynth_pipe.training.engine import Engine
+    from diffsynth_pipe.training.outputs import Output
     from diffsynth_pipe.training.sampler import BatchPlan
     from diffsynth_pipe.training.sources import SampleSource
 
+logger = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
-    """What is trained, and what its file says.
+class ResumePoint:
+    """Where a stopped run goes on.
 
     Attributes:
-        parameters: By their names in the file.
-        adapter: Rank and alpha, as diffusers stores them.
-        lineage: What the weights were made from.
+        checkpoint: Holds the weights and the optimizer.
+        state: What its ``state.json`` says.
     """
 
-    parameters: Mapping[str, Parameter]
-    adapter: Mapping[str, object]
-    lineage: Mapping[str, object]
+    checkpoint: run_dirs.Checkpoint
+    state: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +64,15 @@ class TrainResult:
         num_steps: Optimizer steps.
         loss_before: Validation loss before the first step; None without validation samples.
         loss_after: Validation loss after the last.
-        lora_path: The last checkpoint.
-        lora_digest: Digest of its bytes; empty on other ranks than 0.
+        checkpoint: The last checkpoint.
+        files: The files in it that a user loads, relative to the run directory.
     """
 
     num_steps: int
     loss_before: float | None
     loss_after: float | None
-    lora_path: Path
-    lora_digest: str
+    checkpoint: run_dirs.Checkpoint
+    files: Sequence[str]
 
 
 class Loop:
@@ -71,79 +80,128 @@ class Loop:
 
     Args:
         config: The run.
+        key: Its key, by which its checkpoints are known.
         engine: Holds the models.
         source: Yields the samples.
-        lora: What is trained.
+        trainable: What is trained, by the names in the ``LossModule``.
+        outputs: What a checkpoint holds for users.
         run_dir: Gets ``metrics.jsonl`` and the checkpoints.
+        resume: Where to go on; None for the start.
     """
 
     def __init__(
         self,
         config: RunConfig,
         *,
+        key: str,
         engine: Engine,
         source: SampleSource,
-        lora: Lora,
+        trainable: Mapping[str, Parameter],
+        outputs: Sequence[Output],
         run_dir: Path,
+        resume: ResumePoint | None,
     ) -> None:
         self._config = config
+        self._key = key
         self._engine = engine
         self._accelerator = engine.accelerator
         self._source = source
-        self._lora = lora
+        self._trainable = trainable
+        self._outputs = outputs
         self._run_dir = run_dir
-        self._micro_steps = config.gradient_accumulation_steps
-        self._global_batch_size = config.batch_size * self._micro_steps * self._accelerator.num_processes
+        self._resume = resume
+        self._num_micro_batches = self._accelerator.gradient_accumulation_steps * self._accelerator.num_processes
+        self._global_batch_size = config.batch_size * self._num_micro_batches
         self._sampler = BucketSampler(source.bucket_sizes, self._global_batch_size, config.seed)
+        self._num_steps = self._sampler.num_steps(config.num_epochs * config.dataset_repeat)
+        self._learning_rate = learning_rates(config, self._num_steps)
+        self._moving_average: MovingAverage | None = None
+        self._saved_at = time.monotonic()
 
     def run(self) -> TrainResult:
-        """Train from the first step to the last.
+        """Train from the first step, or from where the run stopped, to the last.
 
         Raises:
             LaunchError: A loss or a weight is NaN or Inf.
+            TrainingStopped: A signal asked for it; the state is saved.
         """
         config = self._config
-        num_steps = self._sampler.num_steps(config.num_epochs * config.dataset_repeat)
-        lora_path, lora_digest = self._run_dir, ""
+        first_step = self._restore() if self._resume else 1
+        saved: tuple[run_dirs.Checkpoint, list[str]] | None = None
         with (
-            Metrics(self._run_dir, num_steps, enabled=self._accelerator.is_main_process) as metrics,
-            contextlib.closing(self._batches(num_steps)) as batches,
+            StopSignals() as signals,
+            Metrics(self._run_dir, self._num_steps, enabled=self._accelerator.is_main_process) as metrics,
+            contextlib.closing(self._batches(first_step - 1)) as batches,
         ):
-            loss_before = self._validate()
-            metrics.write(0, validation_loss=loss_before)
-            for step in range(1, num_steps + 1):
+            if self._resume:
+                loss_before = self._resume.state["loss_before"]
+            else:
+                loss_before = self._validate()
+                metrics.write(0, validation_loss=loss_before)
+            for step in range(first_step, self._num_steps + 1):
                 values = self._step(step, batches)
                 metrics.write(step, epoch=self._sampler.finished_passes(step - 1) // config.dataset_repeat, **values)
                 metrics.advance(values)
-                if step == num_steps or self._is_checkpoint_due(step):
-                    lora_path, lora_digest = self._save(step)
+                stop, save = self._agree(signals.received is not None, self._is_state_due())
+                if step == self._num_steps or self._is_checkpoint_due(step) or stop or save:
+                    saved = self._save(step, loss_before)
+                if stop and step < self._num_steps:
+                    raise TrainingStopped(step, signals.received)
             loss_after = self._validate()
-            metrics.write(num_steps, validation_loss=loss_after)
+            metrics.write(self._num_steps, validation_loss=loss_after)
+        if saved is None:  # a run that was killed between its last checkpoint and its end
+            saved = self._save(self._num_steps, loss_before)
         return TrainResult(
-            num_steps=num_steps,
+            num_steps=self._num_steps,
             loss_before=loss_before,
             loss_after=loss_after,
-            lora_path=lora_path,
-            lora_digest=lora_digest,
+            checkpoint=saved[0],
+            files=[f"{saved[0].path.name}/{file}" for file in saved[1]],
         )
 
+    def _restore(self) -> int:
+        """Give the engine the saved optimizer; return the first step to take."""
+        assert self._resume is not None
+        checkpoint, state = self._resume.checkpoint, self._resume.state
+        folder = checkpoint.state_folder
+        states.load_optimizer(self._engine, self._trainable, folder, state["optimizer"])
+        if self._config.use_ema and self._accelerator.is_main_process:
+            self._moving_average = MovingAverage(
+                safetensors.torch.load_file(folder / "ema.safetensors"), self._config.ema_decay
+            )
+        self._accelerator.print(f"goes on after step {checkpoint.step} of {self._num_steps}")
+        return checkpoint.step + 1
+
     def _is_checkpoint_due(self, step: int) -> bool:
+        if step == self._num_steps:
+            return True
         if self._config.save_steps:
             return step % self._config.save_steps == 0
         repeat = self._config.dataset_repeat
         return step == self._sampler.num_steps(self._sampler.finished_passes(step) // repeat * repeat)
 
-    def _plans(self, num_steps: int) -> Iterator[BatchPlan]:
-        """Yield this rank's micro-batches of all steps."""
-        for step in range(num_steps):
+    def _is_state_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self._config.save_minutes * 60
+
+    def _agree(self, *wishes: bool) -> list[bool]:
+        """Return for each wish whether any rank has it."""
+        if self._accelerator.num_processes == 1:
+            return list(wishes)
+        mine = torch.tensor([wishes], dtype=torch.int32, device=self._accelerator.device)
+        agreed: list[bool] = self._accelerator.gather(mine).bool().any(0).tolist()
+        return agreed
+
+    def _plans(self, first_step: int) -> Iterator[BatchPlan]:
+        """Yield this rank's micro-batches from this step on, counted from 0."""
+        for step in range(first_step, self._num_steps):
             yield from self._sampler.plan(step).micro_batches(
                 rank=self._accelerator.process_index,
                 world_size=self._accelerator.num_processes,
                 batch_size=self._config.batch_size,
             )
 
-    def _batches(self, num_steps: int) -> Generator[Batch]:
-        for batch in self._source.batches(self._plans(num_steps)):
+    def _batches(self, first_step: int) -> Generator[Batch]:
+        for batch in self._source.batches(self._plans(first_step)):
             yield to_device(batch, self._accelerator.device, self._engine.compute_dtype)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
@@ -153,17 +211,21 @@ class Loop:
         losses: list[Tensor] = []
         sample_ids: list[str] = []
         grad_norm = math.nan
-        for _ in range(self._micro_steps):
+        learning_rate = self._learning_rate(step - 1)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        for micro_step in range(accelerator.gradient_accumulation_steps):
             wait_begin = time.perf_counter()
             batch = next(batches)
             waited_s += time.perf_counter() - wait_begin
             with accelerator.accumulate(engine.model):
+                self._seed_dropout(step, micro_step)
                 draws = SampleDraws(self._config.seed, batch.sample_ids, batch.visits)
                 loss = engine.model(batch, draws)
                 accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:
                     # DeepSpeed has clipped and stepped by now; it only returns the norm here.
-                    norm = accelerator.clip_grad_norm_(self._lora.parameters.values(), self._config.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(self._trainable.values(), self._config.max_grad_norm)
                     grad_norm = float(norm)
                 engine.optimizer.step()
                 engine.optimizer.zero_grad()
@@ -172,10 +234,12 @@ class Loop:
         mean_loss = self._mean_loss(step, torch.cat(losses), sample_ids)
         if not math.isfinite(grad_norm):
             raise LaunchError(f"step {step}: the norm of the gradients is {grad_norm}; lower --learning_rate")
+        if self._config.use_ema:
+            self._update_moving_average(step)
         elapsed_s = time.perf_counter() - begin
         return {
             "loss": mean_loss,
-            "lr": self._config.learning_rate,
+            "lr": learning_rate,
             "grad_norm": grad_norm,
             "samples_per_s": round(self._global_batch_size / elapsed_s, 3),
             "data_wait_share": round(waited_s / elapsed_s, 4),
@@ -195,12 +259,60 @@ class Loop:
             "lower --learning_rate or --max_grad_norm"
         )
 
-    def _save(self, step: int) -> tuple[Path, str]:
-        tensors = checkpoints.gather(self._lora.parameters)
-        path = self._run_dir / f"step-{step:06d}.safetensors"
-        if not self._accelerator.is_main_process:
-            return path, ""
-        return path, checkpoints.write_lora(path, tensors, self._lora.adapter, {**self._lora.lineage, "step": step})
+    def _seed_dropout(self, step: int, micro_step: int) -> None:
+        """Make what torch draws by itself a function of the step, so that a resumed run draws the same."""
+        name = f"{self._config.seed}/dropout/{step}/{micro_step}/{self._accelerator.process_index}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little"))
+
+    def _update_moving_average(self, step: int) -> None:
+        """Take the weights of this step into the average, which rank 0 keeps."""
+        if self._moving_average is None:
+            weights = states.current_weights(self._engine, self._trainable)
+            self._moving_average = MovingAverage(weights, self._config.ema_decay)
+        else:
+            self._moving_average.update(states.current_weights(self._engine, self._trainable), step)
+
+    def _save(self, step: int, loss_before: float | None) -> tuple[run_dirs.Checkpoint, list[str]]:
+        """Publish a checkpoint; return it, and the files in it that a user loads. Every rank must take part."""
+        engine, is_main = self._engine, self._accelerator.is_main_process
+        weights = states.master_weights(engine, self._trainable)
+        files: list[str] = []
+        num_bytes = sum(weight.nbytes for weight in weights.values())
+        self._accelerator.print(f"step {step}: gathered {num_bytes / 1e6:.2f} MB of trained weights")
+
+        def write(folder: Path) -> None:
+            for output in self._outputs:
+                files.extend(output.write(folder, weights, step))
+                if self._moving_average:
+                    files.extend(output.write(folder, self._moving_average.weights, step, "_ema"))
+            state_folder = folder / run_dirs.STATE_FOLDER
+            state_folder.mkdir()
+            safetensors.torch.save_file(weights, state_folder / f"{states.WEIGHTS}.safetensors")
+            if self._moving_average:
+                safetensors.torch.save_file(self._moving_average.weights, state_folder / "ema.safetensors")
+            numbers = states.write_optimizer(engine, self._trainable, state_folder)
+            run_dirs.write_state(
+                state_folder,
+                {
+                    "version": STATE_VERSION,
+                    "key": self._key,
+                    "step": step,
+                    "num_micro_batches": self._num_micro_batches,
+                    "optimizer": numbers,
+                    "loss_before": loss_before,
+                },
+            )
+
+        if is_main:
+            checkpoint = run_dirs.publish(self._run_dir, step, write)
+            run_dirs.thin_out(
+                self._run_dir, is_due=self._is_checkpoint_due, limit=self._config.checkpoints_total_limit, best=None
+            )
+        else:
+            states.write_optimizer(engine, self._trainable, self._run_dir)  # its collectives, no file
+            checkpoint = run_dirs.checkpoint_of(self._run_dir, step)
+        self._saved_at = time.monotonic()
+        return checkpoint, files
 
     def _validate(self) -> float | None:
         return validation_loss(

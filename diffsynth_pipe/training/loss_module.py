@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module, ModuleDict
+
+from diffsynth_pipe.contracts import module_of
+from diffsynth_pipe.training.sources import collate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -12,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffsynth_pipe.contracts import Batch, Draws, ModelFamily, TrainingTask
+    from diffsynth_pipe.graph import Cut
 
 
 class LossModule(Module):
@@ -23,15 +28,38 @@ class LossModule(Module):
     Args:
         family: Calls the denoiser.
         task: Computes the loss.
-        models: The models by their component names; ``dit`` among them.
+        components: The loaded models after the cut by their names; ``dit`` among them.
+        split: Its live units run in every step; None if there are none.
     """
 
-    def __init__(self, family: ModelFamily, task: TrainingTask, models: Mapping[str, Module]) -> None:
+    def __init__(
+        self, family: ModelFamily, task: TrainingTask, components: Mapping[str, Any], split: Cut | None = None
+    ) -> None:
         super().__init__()
-        self.models = ModuleDict(models)
+        self.models = ModuleDict({name: module_of(component) for name, component in components.items()})
+        self._components = components
         self._family = family
         self._task = task
+        self._live = split.live if split else ()
+        self._columns = split.columns if split else ()
 
     def forward(self, batch: Batch, draws: Draws) -> Tensor:
         """Return one loss per sample, fp32 ``[batch]``."""
+        if self._live:
+            batch = self._encode(batch)
         return self._task.loss(self._family, dict(self.models.items()), batch, draws)
+
+    def _encode(self, batch: Batch) -> Batch:
+        """Add what the live units make of each sample, with gradients."""
+        records = []
+        for index in range(len(batch.sample_ids)):
+            values: dict[str, Any] = {
+                name: field[index, : batch.lengths[name][index]] if name in batch.lengths else field[index]
+                for name, field in batch.fields.items()
+            }
+            values |= {name: bytes(values[name].tolist()).decode() for name in self._columns}
+            for unit in self._live:
+                values |= unit.encode(self._components, {name: values[name] for name in unit.inputs})
+            records.append(values)
+        made = collate([spec for unit in self._live for spec in unit.outputs], records)
+        return replace(batch, fields={**batch.fields, **made[0]}, lengths={**batch.lengths, **made[1]})

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from cache_store.contract import FieldSpec
     from cache_store.local_copies import LocalCopies
     from cache_store.snapshot import Snapshot
     from diffsynth_pipe.training.sampler import BatchPlan
@@ -101,6 +102,25 @@ class CachedSource:
                     sample_ids=raw.sample_ids,
                     visits=plan.visits,
                 )
+
+
+def collate(
+    specs: Iterable[FieldSpec], records: Sequence[Mapping[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Put the fields of samples side by side.
+
+    Returns:
+        One tensor per field, ``[batch, *shape]``, and the lengths of ragged ones, as ``Batch`` holds them.
+    """
+    fields, lengths = {}, {}
+    for spec in specs:
+        items = [record[spec.name] for record in records]
+        if spec.ragged:
+            fields[spec.name] = torch.nn.utils.rnn.pad_sequence(items, batch_first=True)
+            lengths[spec.name] = torch.tensor([len(item) for item in items])
+        else:
+            fields[spec.name] = torch.stack(items)
+    return fields, lengths
 
 
 def to_device(batch: Batch, device: torch.device, compute_dtype: torch.dtype) -> Batch:

@@ -84,7 +84,7 @@ def test_the_printed_lines_load_the_lora_into_diffusers(first, run_file):
     exec(call, names)
     assert names["image"].size == (64, 64)
     assert names["image"].tobytes() != before.tobytes()
-    assert Path(re.search(r'load_lora_weights\("(.*)"\)', apply)[1]).parent.parent == run_file.parent / "output"
+    assert Path(re.search(r'load_lora_weights\("(.*)"\)', apply)[1]).parents[2] == run_file.parent / "output"
 
 
 def test_the_second_run_finds_everything_done(first, run):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from cache_store.reader import BatchReader
-from cache_store.store import Cache, SealedSample
+from cache_store.store import Cache
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import load_family, load_task
 from diffsynth_pipe.errors import LaunchError
@@ -22,76 +21,15 @@ from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.train import main
 from diffsynth_pipe.training.loss_module import LossModule
 from diffsynth_pipe.training.randomness import SampleDraws
+from diffsynth_pipe.training.run_dir import list_checkpoints
 from diffsynth_pipe.training.sampler import BucketSampler
 from diffsynth_pipe.training.sources import CachedSource
 from diffsynth_pipe.training.validation import validation_loss
 
 ZERO3 = Path(__file__).parents[2] / "deploy" / "accelerate" / "zero3_cpu_offload.yaml"
-SAMPLES = {"64x64": ((8, 8), (5, 9, 3, 12)), "64x32": ((8, 4), (7, 4))}
 FAMILY = load_family("qwen_image")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
 MAX_GRAD_NORM = 2e-3  # low enough to clip most steps of the tiny model
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate(monkeypatch):
-    """Forget the process-wide state that accelerate keeps, as a new process would."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_DEEPSPEED"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    """A sealed cache of random fields, two shapes and prompts of six lengths."""
-    root = tmp_path_factory.mktemp("cache")
-    rng = np.random.default_rng(0)
-    specs = {unit.name: unit.outputs for unit in FAMILY.units}
-    cache, samples = Cache.open_or_new(root), []
-    with cache.writer() as writer:
-        for bucket, (size, lengths) in SAMPLES.items():
-            for length in lengths:
-                key = f"{len(samples):032x}"
-                writer.add("latents", key, {"latents": random_bf16(rng, (16, 1, *size))}, specs["latents"])
-                writer.add("text", key, {"prompt_emb": random_bf16(rng, (length, 64))}, specs["text"])
-                keys = {"latents": key, "text": key}
-                samples.append(SealedSample(sample_id=key, bucket=bucket, source=f"row {len(samples)}", keys=keys))
-    cache.seal(samples, {"family": "qwen_image"})
-    return root
-
-
-def random_bf16(rng, shape):
-    return torch.from_numpy(rng.standard_normal(shape)).to(torch.bfloat16).view(torch.uint16).numpy()
-
-
-@pytest.fixture(scope="module")
-def dit_only(tiny_repo, tmp_path_factory):
-    """A repository with the denoiser and nothing else, so that training cannot open another model."""
-    repository = tmp_path_factory.mktemp("dit-only")
-    shutil.copytree(tiny_repo / "transformer", repository / "transformer")
-    return repository
-
-
-@pytest.fixture
-def parameters(cache_dir, dit_only, tmp_path):
-    return {
-        "task": "sft:train",
-        "dataset_base_path": str(cache_dir),
-        "model_paths": json.dumps([str(dit_only / "transformer" / "diffusion_pytorch_model.safetensors")]),
-        "lora_base_model": "dit",
-        "lora_target_modules": ",".join(TARGETS),
-        "lora_rank": 4,
-        "learning_rate": 3e-2,
-        "max_grad_norm": MAX_GRAD_NORM,
-        "batch_size": 2,
-        "dataset_repeat": 3,
-        "num_validation_samples": 3,
-        "output_path": str(tmp_path / "output"),
-    }
 
 
 def flags(parameters):
@@ -233,30 +171,10 @@ def test_zero3_follows_the_plain_torch_loop(parameters, by_hand, tmp_path, world
     assert run["loss_after"] == pytest.approx(plain["loss_after"], rel=1e-5)
 
 
-def test_an_unfinished_attempt_is_started_over_and_gives_the_same_bytes(parameters):
-    config = load_config(None, parameters | {"save_steps": 4})
-    first = train(config)
-    names = ["step-000004.safetensors", "step-000008.safetensors", "step-000009.safetensors"]
-    assert [path.name for path in sorted(first.path.glob("step-*"))] == names
-    old_bytes = [(first.path / name).read_bytes() for name in names]
-    old_metrics = (first.path / "metrics.jsonl").read_text()
-    (first.path / "run.json").unlink()
-    (first.path / names[1]).write_bytes(b"half a file")
-
-    second = train(config)
-    assert second.path == first.path
-    assert second.summary["lora_digest"] == first.summary["lora_digest"]
-    assert [(first.path / name).read_bytes() for name in names] == old_bytes
-    assert (first.path / "metrics.1.jsonl").read_text() == old_metrics
-    assert load_config(first.path / "config.yaml", {}) == config
-
-
 def test_each_epoch_ends_in_a_checkpoint(parameters):
     """Buckets of 4 and 2 samples in batches of 4: a pass takes 2 steps, and two passes 3."""
     result = train(load_config(None, parameters | {"batch_size": 4, "dataset_repeat": 1, "num_epochs": 3}))
-    assert [path.name for path in sorted(result.path.glob("step-*"))] == [
-        f"step-{step:06d}.safetensors" for step in (2, 3, 5)
-    ]
+    assert [checkpoint.step for checkpoint in list_checkpoints(result.path)] == [2, 3, 5]
 
 
 def test_lora_file_says_what_it_was_made_from(parameters, cache_dir):
@@ -275,7 +193,7 @@ def test_live_encoding_trains_the_same_weights_as_the_cache(run_config):
     cached = train(config.model_copy(update={"task": "sft:train"}))
     live = train(config.model_copy(update={"output_path": f"{config.output_path}-live"}))
     assert live.key == cached.key
-    assert live.summary["lora_digest"] == cached.summary["lora_digest"]
+    assert live.summary["digests"] == cached.summary["digests"]
     (live_lines, _), (cached_lines, _) = metrics(live.path), metrics(cached.path)
     assert len(cached_lines) == 6
     np.testing.assert_allclose(*([line["loss"] for line in lines] for lines in (live_lines, cached_lines)), rtol=1e-6)

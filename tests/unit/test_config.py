@@ -103,12 +103,22 @@ OTHER_VALUES = {
     "model_id_with_origin_paths": ("a/b:c*", "a/b:c*", "nothing"),
     "learning_rate": ("1e-5", 1e-5, "weights"),
     "num_epochs": ("2", 2, "weights"),
+    "trainable_models": ("text_encoder", "text_encoder", "weights"),
+    "lr_scheduler": ("cosine_with_restarts", "cosine_with_restarts", "weights"),
+    "lr_warmup_steps": ("10", 10, "weights"),
+    "lr_num_cycles": ("2", 2, "weights"),
+    "lr_power": ("2", 2.0, "weights"),
+    "customized_optimizer": ("torch.optim.SGD", "torch.optim.SGD", "weights"),
+    "use_ema": ("true", True, "weights"),
+    "ema_decay": ("0.99", 0.99, "weights"),
     "find_unused_parameters": ("true", True, "nothing"),
     "weight_decay": ("0", 0.0, "weights"),
     "task": ("sft:train", "sft:train", None),  # the stage decides nothing: see test_both_stages_in_one_command
     "output_path": ("out", "out", "nothing"),
     "remove_prefix_in_ckpt": ("", "", "nothing"),
     "save_steps": ("100", 100, "nothing"),
+    "save_minutes": ("1", 1.0, "nothing"),
+    "checkpoints_total_limit": ("3", 3, "nothing"),
     "lora_base_model": ("dit", "dit", "weights"),
     "lora_target_modules": ("to_q,to_k", "to_q,to_k", "weights"),
     "lora_rank": ("16", 16, "weights"),
@@ -134,7 +144,13 @@ OTHER_VALUES = {
 }
 SUPPORTED = [name for name in RunConfig.model_fields if field_metadata(name)["supported"]]
 UNSUPPORTED = [name for name in RunConfig.model_fields if not field_metadata(name)["supported"]]
-PARTNER = {"height": {"width": "384"}, "width": {"height": "512"}}
+PARTNER = {
+    "height": {"width": "384"},
+    "width": {"height": "512"},
+    "lr_warmup_steps": {"lr_scheduler": "cosine"},
+    "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
+    "lr_power": {"lr_scheduler": "polynomial"},
+}
 
 
 def parse(flags):
@@ -251,12 +267,6 @@ def test_an_unsupported_field_is_refused_unless_at_its_default(name):
     assert config(**{name: default}) == config()
 
 
-def test_full_training_is_refused_for_now():
-    assert error_line(dataset_base_path="data", trainable_models="dit").startswith(
-        "trainable_models: not supported yet"
-    )
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -369,9 +379,10 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_save_and_load(tmp_path):
-    full = load_config(None, {name: typed for name, (typed, _, _) in OTHER_VALUES.items()})
-    full.save(tmp_path / "new folder" / "run.yaml")
-    assert load_config(tmp_path / "new folder" / "run.yaml", {}) == full
+    for name, (typed, _, _) in OTHER_VALUES.items():
+        changed = config(**PARTNER.get(name, {}), **{name: typed})
+        changed.save(tmp_path / "new folder" / "run.yaml")
+        assert load_config(tmp_path / "new folder" / "run.yaml", {}) == changed
     config().save(tmp_path / "new folder" / "run.yaml")
     assert load_config(tmp_path / "new folder" / "run.yaml", {}) == config()
     assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["run.yaml"]

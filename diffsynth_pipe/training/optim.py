@@ -1,0 +1,82 @@
+"""The optimizer, the course of the learning rate, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffsynth_pipe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import Tensor
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+
+    from diffsynth_pipe.config import RunConfig
+
+DIFFSYNTH_WARMUP_STEPS = 5
+"""The reference leaves torch's ``ConstantLR`` at its defaults: a third of the rate in the first five steps."""
+
+
+def make_optimizer(config: RunConfig, parameters: Iterable[Parameter]) -> Optimizer:
+    """Make the optimizer that ``customized_optimizer`` names, or AdamW.
+
+    Raises:
+        ConfigError: There is no such class, or it refuses to be called with (params, lr, weight_decay).
+    """
+    path = config.customized_optimizer or "torch.optim.AdamW"
+    module, _, name = path.rpartition(".")
+    try:
+        make: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"customized_optimizer: {path!r} cannot be imported: {error}") from error
+    try:
+        optimizer = make(list(parameters), lr=config.learning_rate, weight_decay=config.weight_decay)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"customized_optimizer: {path}(params, lr, weight_decay) fails: {error}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(f"customized_optimizer: {path} makes a {type(optimizer).__name__}, not a torch Optimizer")
+    return optimizer
+
+
+def learning_rates(config: RunConfig, num_steps: int) -> Callable[[int], float]:
+    """Return the learning rate as a function of the steps taken so far, so that resuming needs no other state."""
+    if config.lr_scheduler == "diffsynth":
+        return lambda step: config.learning_rate / (3 if step < DIFFSYNTH_WARMUP_STEPS else 1)
+    from diffusers.optimization import get_scheduler
+
+    weight = torch.nn.Parameter(torch.zeros(()))
+    scheduler = get_scheduler(
+        config.lr_scheduler,
+        torch.optim.SGD([weight], lr=config.learning_rate),
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=num_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+    (factor,) = scheduler.lr_lambdas
+    return lambda step: config.learning_rate * factor(step)
+
+
+class MovingAverage:
+    """The exponential moving average of weights, in fp32.
+
+    Args:
+        weights: The first weights by name; empty on ranks that keep no average.
+        decay: Share of the old average that each step keeps. Until s / (9 + s) at step s has grown above it, that; as
+            ``diffusers.training_utils.EMAModel`` does.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        self.weights = {name: weight.float().clone() for name, weight in weights.items()}
+        self._decay = decay
+
+    def update(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Take in the weights after this step, counted from 1."""
+        decay = min(self._decay, step / (9 + step))
+        for name, average in self.weights.items():
+            average.lerp_(weights[name].float(), 1 - decay)

@@ -1,0 +1,113 @@
+"""The files that a run is for: one per LoRA, one folder per fully trained model, each as its pipeline loads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from diffsynth_pipe.training import checkpoints
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+    from torch.nn import Module
+
+    from diffsynth_pipe.contracts import ComponentFiles
+
+MAX_SHARD_SIZE = "10GB"
+
+
+class Output(Protocol):
+    """What a checkpoint holds of one trained model."""
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor], step: int, suffix: str = "") -> list[str]:
+        """Write the files of this model.
+
+        Args:
+            folder: The unfinished checkpoint.
+            weights: The trained weights of all models, fp32, by their names in the ``LossModule``.
+            step: Optimizer steps taken.
+            suffix: Told in the names of files: ``_ema``.
+
+        Returns:
+            The files that a user loads, relative to the folder.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraOutput:
+    """A LoRA, as diffusers loads it.
+
+    Attributes:
+        name: The model that it is for: ``dit``.
+        file_names: The names of its weights in the file, by their names in the ``LossModule``.
+        adapter: Rank and alpha, as diffusers stores them.
+        lineage: What the weights were made from.
+    """
+
+    name: str
+    file_names: Mapping[str, str]
+    adapter: Mapping[str, object]
+    lineage: Mapping[str, object]
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor], step: int, suffix: str = "") -> list[str]:
+        """Write ``<name>_lora.safetensors``; see ``Output``."""
+        file = f"{self.name}_lora{suffix}.safetensors"
+        tensors = {file_name: weights[name] for name, file_name in self.file_names.items()}
+        checkpoints.write_lora(folder / file, tensors, self.adapter, {**self.lineage, "step": step})
+        return [file]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOutput:
+    """A whole model in the layout of its repository, in the dtype that it was loaded in.
+
+    Attributes:
+        model: The model; what is not trained of it, such as buffers, is taken from here.
+        name: Its name in the ``LossModule``: ``text_encoder``.
+        subfolder: Its folder in the repository: ``transformer``.
+        files: Where it was loaded from; all but the weights is copied from there.
+        dtype: Of the written weights.
+        prefix: Put before every name.
+        lineage: What the weights were made from.
+    """
+
+    model: Module
+    name: str
+    subfolder: str
+    files: ComponentFiles
+    prefix: str
+    lineage: Mapping[str, object]
+
+    def write(self, folder: Path, weights: Mapping[str, Tensor], step: int, suffix: str = "") -> list[str]:
+        """Write ``<subfolder>/`` with weights and ``config.json``; see ``Output``."""
+        import safetensors.torch
+        from huggingface_hub import split_torch_state_dict_into_shards
+
+        prefix = f"models.{self.name}."
+        tensors = {
+            f"{self.prefix}{name}": weights.get(prefix + name, tensor).detach().to("cpu", tensor.dtype).contiguous()
+            for name, tensor in self.model.state_dict().items()
+        }
+        subfolder = f"{self.subfolder}{suffix}"
+        target = folder / subfolder
+        target.mkdir()
+        for path in self.files.folder.glob("*.json"):
+            if not path.name.endswith(".index.json"):
+                shutil.copyfile(path, target / path.name)
+        stem = self.files.weights[0].name.partition(".")[0].partition("-0")[0]
+        shards = split_torch_state_dict_into_shards(
+            tensors, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=MAX_SHARD_SIZE
+        )
+        metadata = {"format": "pt", checkpoints.LINEAGE_KEY: json.dumps({**self.lineage, "step": step}, sort_keys=True)}
+        for file, names in shards.filename_to_tensors.items():
+            payload = safetensors.torch.save({name: tensors[name] for name in names})
+            (target / file).write_bytes(checkpoints.with_metadata(payload, metadata))
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (target / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        return [f"{subfolder}/{file}" for file in shards.filename_to_tensors]

@@ -1,0 +1,160 @@
+"""The checkpoints of a run directory: published whole, found again, thinned out. Knows no torch.
+
+::
+
+    step-000072/
+      dit_lora.safetensors                                one file per LoRA
+      text_encoder/config.json, model.safetensors         one folder per fully trained model
+      training_state/weights.safetensors, exp_avg.safetensors ..., state.json    only in the newest two
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from cache_store.durable import fsync_folder, publish_folder
+from diffsynth_pipe.errors import LaunchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+STATE_FOLDER = "training_state"
+STATE_FILE = "state.json"
+NUM_STATES = 2
+"""Checkpoints that keep the state of the optimizer: the newest, and one to go back to if that is damaged."""
+
+_NAME = re.compile(r"step-(\d{6,})")
+_SCRATCH = ".unfinished"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One published checkpoint."""
+
+    step: int
+    path: Path
+
+    @property
+    def state_folder(self) -> Path:
+        """Where its training state lies, if it has one."""
+        return self.path / STATE_FOLDER
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether training can go on from it."""
+        return (self.state_folder / STATE_FILE).is_file()
+
+    def read_state(self) -> Mapping[str, Any]:
+        """Return what ``state.json`` says.
+
+        Raises:
+            LaunchError: It, or a file that it names, is not what was written.
+        """
+        try:
+            state: dict[str, Any] = json.loads((self.state_folder / STATE_FILE).read_bytes())
+            for name, digest in state["files"].items():
+                if file_digest(self.state_folder / name) != digest:
+                    raise LaunchError(f"{self.state_folder / name} is not what was written")
+        except (OSError, ValueError, KeyError) as error:
+            raise LaunchError(f"{self.state_folder} cannot be read: {error}") from error
+        return state
+
+
+def checkpoint_of(run_dir: Path, step: int) -> Checkpoint:
+    """Return the checkpoint of a step, published or not."""
+    return Checkpoint(step, run_dir / f"step-{step:06d}")
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write ``state.json`` beside the files of a training state, with their digests."""
+    files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+    (folder / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
+    """Return the checkpoints of a run in order of their steps."""
+    found = [(_NAME.fullmatch(path.name), path) for path in run_dir.glob("step-*")]
+    return sorted((Checkpoint(int(match[1]), path) for match, path in found if match), key=lambda item: item.step)
+
+
+def resumable(run_dir: Path) -> list[Checkpoint]:
+    """Return the checkpoints from which training can go on, in order of their steps."""
+    return [checkpoint for checkpoint in list_checkpoints(run_dir) if checkpoint.is_resumable]
+
+
+def file_digest(path: Path) -> str:
+    """Return the digest of a file's bytes, 32 hex digits."""
+    digest = blake3(max_threads=blake3.AUTO)
+    digest.update_mmap(path)
+    return digest.hexdigest(length=16)
+
+
+def publish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Checkpoint:
+    """Write a checkpoint into a scratch folder, make it durable, and give it its name.
+
+    Args:
+        run_dir: The run.
+        step: Optimizer steps taken.
+        write: Writes the files into the folder it is given.
+
+    Returns:
+        The checkpoint; an older one of this step gives way to it.
+    """
+    scratch = run_dir / _SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed run left; the run directory is locked
+    checkpoint = checkpoint_of(run_dir, step)
+    folder = scratch / checkpoint.path.name
+    folder.mkdir(parents=True)
+    write(folder)
+    _sync(folder)
+    if checkpoint.path.exists():
+        checkpoint.path.rename(scratch / "replaced")
+    publish_folder(folder, checkpoint.path)
+    shutil.rmtree(scratch)
+    return checkpoint
+
+
+def thin_out(run_dir: Path, *, is_due: Callable[[int], bool], limit: int | None, best: int | None) -> None:
+    """Delete what newer checkpoints have made superfluous.
+
+    Args:
+        run_dir: The run.
+        is_due: Whether a checkpoint of this step was asked for; others only serve to resume.
+        limit: How many of those that were asked for to keep; None for all.
+        best: Step of the checkpoint that is kept whatever its age.
+    """
+    *older, newest = list_checkpoints(run_dir)
+    asked_for = [checkpoint for checkpoint in [*older, newest] if is_due(checkpoint.step)]
+    kept = {checkpoint.step for checkpoint in (asked_for[-limit:] if limit else asked_for)} | {best, newest.step}
+    with_state = {checkpoint.step for checkpoint in resumable(run_dir)[-NUM_STATES:]}
+    for checkpoint in older:
+        if checkpoint.step not in kept and checkpoint.step not in with_state:
+            _delete(checkpoint.path, run_dir)
+        elif checkpoint.is_resumable and checkpoint.step not in with_state:
+            _delete(checkpoint.state_folder, run_dir)
+
+
+def _delete(folder: Path, run_dir: Path) -> None:
+    """Take away the name first, so that a crash leaves no half of a folder under it."""
+    doomed = run_dir / _SCRATCH
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            fsync_folder(path)
+            continue
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    fsync_folder(folder)
