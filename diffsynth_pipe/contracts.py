@@ -95,9 +95,9 @@ def column_unit(column: str) -> EncodeUnit:
     def encode(_: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         import torch
 
-        return {column: torch.tensor(list(inputs[column].encode()), dtype=torch.uint8)}
+        return {column: torch.tensor(list(inputs[column].encode()), dtype=torch.uint8)[:, None]}
 
-    stored = FieldSpec(name=column, dtype="uint8", dims=("byte",), ragged=True)
+    stored = FieldSpec(name=column, dtype="uint8", dims=("byte", "value"), ragged=True)
     return EncodeUnit(name=column, inputs=(column,), outputs=(stored,), component=None, encode=encode)
 
 
@@ -203,7 +203,8 @@ class ModelFamily(Protocol):
 
         Args:
             dit_config: ``config.json`` of the denoiser.
-            shapes: One stored shape per field; a ragged field without its first dimension.
+            shapes: One stored shape per cached field; a ragged field without its first dimension. What live units
+                yield is not among them.
 
         Raises:
             CacheMismatch: The cache was made for another model.

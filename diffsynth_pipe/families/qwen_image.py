@@ -171,16 +171,13 @@ class QwenImage:
 
     def check_fields(self, dit_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse cached fields that this denoiser cannot take; see ``ModelFamily``."""
-        fields = [spec.name for unit in self.units for spec in unit.outputs]
-        missing = [name for name in fields if name not in shapes]
-        if missing:
-            raise CacheMismatch(
-                f"the cache holds {', '.join(shapes) or 'no field'}, but Qwen-Image also needs {', '.join(missing)}; "
-                "run data_process with family qwen_image"
-            )
         num_channels = {
-            "prompt_emb": (shapes["prompt_emb"][-1], dit_config["joint_attention_dim"]),
-            "latents": (shapes["latents"][0], dit_config["in_channels"] // PATCH**2),
+            name: (shapes[name][axis], expected)
+            for name, axis, expected in (
+                ("prompt_emb", -1, dit_config["joint_attention_dim"]),
+                ("latents", 0, dit_config["in_channels"] // PATCH**2),
+            )
+            if name in shapes
         }
         for name, (found, expected) in num_channels.items():
             if found != expected:

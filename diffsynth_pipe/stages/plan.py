@@ -162,13 +162,13 @@ def plan_encoding(config: RunConfig) -> EncodePlan:
     }
     recipe_ids = {name: json_digest(recipe) for name, recipe in recipes.items()}
     samples = list_samples(config, family)
-    producer = {output.name: unit.name for unit in split.cached for output in unit.outputs}
     all_keys: list[dict[str, str]] = []
     for sample in samples:
         keys: dict[str, str] = {}
+        digests = {name: value.digest for name, value in sample.inputs.items()}
         for unit in split.cached:
-            inputs = [keys[producer[name]] if name in producer else sample.inputs[name].digest for name in unit.inputs]
-            keys[unit.name] = record_key(recipe_ids[unit.name], inputs)
+            keys[unit.name] = record_key(recipe_ids[unit.name], [digests[name] for name in unit.inputs])
+            digests |= dict.fromkeys((output.name for output in unit.outputs), keys[unit.name])
         all_keys.append(keys)
     return EncodePlan(
         family=family,

@@ -275,9 +275,3 @@ def test_fields_of_another_model_are_refused_in_one_line(tiny):
         with pytest.raises(CacheMismatch, match=f"{name}.*{shape[axis]}") as caught:
             tiny.family.check_fields(tiny.dit_config, {**tiny.shapes, name: tuple(shape)})
         assert "\n" not in str(caught.value)
-
-
-def test_a_missing_field_is_named(tiny):
-    for name in tiny.shapes:
-        with pytest.raises(CacheMismatch, match=name):
-            tiny.family.check_fields(tiny.dit_config, {key: shape for key, shape in tiny.shapes.items() if key != name})
