@@ -91,7 +91,14 @@ class RunConfig(BaseModel):
     extra_inputs: str | None = _planned(
         "model loading", "cache", None, "More metadata columns that the model takes, comma-separated."
     )
-    fp8_models: str | None = _planned("model loading", "weights", None, "Models whose weights are held in FP8.")
+    fp8_models: list[str | list[str]] | None = _setting(
+        "model loading",
+        "nothing",
+        None,
+        "Entries of the two parameters above, comma-separated or JSON: frozen models whose weights are held in"
+        " float8_e4m3fn, half of bfloat16, and cast layer by layer to compute. Training needs"
+        " use_gradient_checkpointing to keep that gain.",
+    )
     offload_models: str | None = _planned("model loading", "nothing", None, "Models that exist without their weights.")
     resume_from_checkpoint: str | None = _planned("model loading", "weights", None, "Weights to start training from.")
     quant_options: str | None = _planned("model loading", "weights", None, "Quantisation, model:method[/excluded].")
@@ -123,7 +130,11 @@ class RunConfig(BaseModel):
         "training", "weights", None, "Models to train in full, comma-separated: dit, text_encoder."
     )
     find_unused_parameters: bool = _setting(
-        "training", "nothing", False, "Let DDP look for parameters without a gradient. No effect under DeepSpeed."
+        "training",
+        "nothing",
+        False,
+        "Let DDP look for parameters without a gradient in every step. Default: only if the first batch leaves some."
+        " No effect under DeepSpeed.",
     )
     weight_decay: NonNegative = _setting("training", "weights", 0.01, "Weight decay of the optimizer.")
     task: str = _setting(
@@ -179,8 +190,11 @@ class RunConfig(BaseModel):
     use_gradient_checkpointing: bool = _setting(
         "gradient", "nothing", False, "Recompute activations in the backward pass: less memory, about a third slower."
     )
-    use_gradient_checkpointing_offload: bool = _planned(
-        "gradient", "nothing", False, "Keep checkpointed activations in host memory."
+    use_gradient_checkpointing_offload: bool = _setting(
+        "gradient",
+        "nothing",
+        False,
+        "Gradient checkpointing that keeps the inputs of the blocks in host memory: least GPU memory, slowest.",
     )
     gradient_accumulation_steps: Count = _setting(
         "gradient", "weights", 1, "Micro-steps per optimizer step. Raise it for a larger batch in the same memory."
@@ -203,7 +217,7 @@ class RunConfig(BaseModel):
     processor_path: str | None = _planned("model-specific", "nothing", None, "Qwen-Image-Edit: processor folder.")
     zero_cond_t: bool = _planned("model-specific", "weights", False, "Qwen-Image-Edit: timestep 0 for the condition.")
     initialize_model_on_cpu: bool = _setting(
-        "model-specific", "nothing", False, "Load the weights on the CPU. ZeRO-3 with offload always does."
+        "model-specific", "nothing", False, "Load the weights on the CPU, then move them. DeepSpeed always does."
     )
     audio_processor_path: str | None = _planned("model-specific", "nothing", None, "Wan: audio processor folder.")
     max_timestep_boundary: float = _planned(
@@ -308,6 +322,19 @@ class RunConfig(BaseModel):
     num_validation_samples: Annotated[int, Field(ge=0)] = _setting(
         "this project", "nothing", 8, "Samples whose loss is measured before and after training. 0: none."
     )
+    gradient_checkpointing_backend: Literal["torch", "deepspeed"] = _setting(
+        "this project",
+        "nothing",
+        "torch",
+        "What recomputes activations. deepspeed: as activation_checkpointing of the DeepSpeed file says.",
+    )
+    nvme_path: str | None = _setting(
+        "this project",
+        "nothing",
+        None,
+        "Folder on an NVMe disk for a DeepSpeed file that offloads to nvme_path auto. What is in it may be deleted"
+        " after the run. Default: output_path/nvme.",
+    )
     accelerate_config_file: str | None = _setting(
         "this project",
         "nothing",
@@ -334,6 +361,13 @@ class RunConfig(BaseModel):
         except json.JSONDecodeError as error:
             message = f"must be a JSON list of paths and lists of paths ({error})"
             raise ValueError(message) from error
+
+    @field_validator("fp8_models", mode="before")
+    @classmethod
+    def _parse_entries(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.lstrip().startswith("["):
+            return list(comma_list(value))
+        return cls._parse_json(value)
 
     @field_validator("*")
     @classmethod
@@ -381,6 +415,20 @@ class RunConfig(BaseModel):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and self.lr_scheduler not in schedulers:
                 message = f"{name}: lr_scheduler {self.lr_scheduler!r} has no use for it, only {', '.join(schedulers)}"
+                raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_of_checkpointing(self) -> Self:
+        if self.gradient_checkpointing_backend == "deepspeed":
+            if not self.use_gradient_checkpointing:
+                message = "gradient_checkpointing_backend: 'deepspeed' does nothing without use_gradient_checkpointing"
+                raise ValueError(message)
+            if self.use_gradient_checkpointing_offload:
+                message = (
+                    "use_gradient_checkpointing_offload: is torch's, but gradient_checkpointing_backend is "
+                    "'deepspeed'; set cpu_checkpointing in the DeepSpeed file's activation_checkpointing instead"
+                )
                 raise ValueError(message)
         return self
 

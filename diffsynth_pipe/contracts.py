@@ -115,11 +115,13 @@ class ComponentFiles:
         weights: The safetensors files, in order.
         folder: Holds ``config.json`` of the component.
         companions: Sibling folders that the component needs, by name: ``{"tokenizer": ...}``.
+        fp8: Its weights are to be held in float8_e4m3fn: ``fp8_models`` names it.
     """
 
     weights: tuple[Path, ...]
     folder: Path
     companions: Mapping[str, Path] = field(default_factory=dict)
+    fp8: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +135,8 @@ class ComponentSpec:
         load: Loads it in eval mode, frozen, in the given dtype, on the given device.
         trained_part: What the names of the parameters start with that full training reaches; the others, such as the
             vision tower of a text encoder, would only decay.
+        build: Builds it from the ``config.json`` of its folder with new weights, in the current default dtype; for
+            components that are trained, which ZeRO-3 fills shard by shard.
     """
 
     subfolder: str
@@ -140,6 +144,7 @@ class ComponentSpec:
     load: Callable[[ComponentFiles, dtype, device], Any]
     companions: tuple[str, ...] = ()
     trained_part: str = ""
+    build: Callable[[Path], Module] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,6 +71,8 @@ def digest_files(paths: Sequence[Path], num_threads: int) -> list[str]:
 def component_digest(files: ComponentFiles) -> str:
     """Return the digest of a component: its config, its weights and its companions by name and content, not by place.
 
+    Weights held in FP8 are other weights.
+
     Raises:
         DataError: A file cannot be read, or changes while it is hashed.
     """
@@ -78,7 +80,8 @@ def component_digest(files: ComponentFiles) -> str:
     for companion, folder in files.companions.items():
         named |= {f"{companion}/{file.name}": file for file in folder.iterdir() if _is_content(file)}
     digests = digest_files(list(named.values()), num_threads=min(4, os.cpu_count() or 1))
-    return json_digest(dict(zip(named, digests, strict=True)))
+    by_name: dict[str, Any] = dict(zip(named, digests, strict=True))
+    return json_digest(by_name | {"fp8": True} if files.fp8 else by_name)
 
 
 def unit_recipe(unit: EncodeUnit, component_digest: str | None, encode_dtype: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -67,10 +67,12 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
         ModelFileMissing: A component is named nowhere, or is not here and was not downloaded.
         ModelError: The files are not one whole model of the right class.
     """
+    all_entries = _entries(config)
+    fp8_entries = _fp8_entries(config, all_entries)
     subfolders = {spec.subfolder: name for name, spec in family.components.items()}
     named: dict[str, list[_Entry]] = {name: [] for name in family.components}
     strays: list[_Entry] = []
-    for entry in _entries(config):
+    for entry in all_entries:
         name = subfolders.get(entry.folder_name)
         (named[name] if name else strays).append(entry)
 
@@ -87,7 +89,8 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
         if len(entries) > 1:
             texts = " and ".join(repr(entry.text) for entry in entries)
             raise ModelError(f"{len(entries)} model entries name the {name}: {texts}; keep one, its shards in one list")
-        found[name] = _component_files(_locate(entries[0]), spec, config.tokenizer_path)
+        files = _component_files(_locate(entries[0]), spec, config.tokenizer_path)
+        found[name] = replace(files, fp8=entries[0] in fp8_entries)
     return found
 
 
@@ -98,6 +101,20 @@ def _entries(config: RunConfig) -> list[_Entry]:
     entries = [_Entry(text=files[0], files=tuple(Path(file).absolute() for file in files)) for files in listed]
     texts = (text.strip() for text in (config.model_id_with_origin_paths or "").split(","))
     return entries + [_Entry(text=text) for text in texts if text]
+
+
+def _fp8_entries(config: RunConfig, entries: list[_Entry]) -> list[_Entry]:
+    """Return the entries that ``fp8_models`` repeats."""
+    found = []
+    for item in config.fp8_models or []:
+        texts = [item] if isinstance(item, str) else item
+        files = tuple(Path(text).absolute() for text in texts)
+        same = [entry for entry in entries if (entry.files == files if entry.files else [entry.text] == texts)]
+        if not same:
+            known = ", ".join(repr(entry.text) for entry in entries)
+            raise ConfigError(f"fp8_models: {item!r} is no entry of the models; they are {known}")
+        found += same
+    return found
 
 
 def _locate(entry: _Entry) -> _Source:

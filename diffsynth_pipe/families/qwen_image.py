@@ -60,14 +60,20 @@ def load_text_encoder(files: ComponentFiles, dtype: dtype, device: device) -> Te
             f"tokenizer {str(files.companions['tokenizer'])!r}: the prompt template starts with {num_tokens} tokens "
             f"instead of {NUM_PREFIX_TOKENS}; use the tokenizer of the Qwen-Image repository"
         )
-    return TextEncoder(_load(Qwen2_5_VLForConditionalGeneration, files, dtype, device), tokenizer)
+    model = _load(Qwen2_5_VLForConditionalGeneration, files, dtype, device)
+    if files.fp8:
+        _hold_in_fp8(model, dtype)
+    return TextEncoder(model, tokenizer)
 
 
 def load_vae(files: ComponentFiles, dtype: dtype, device: device) -> Any:
     """Load the VAE."""
     from diffusers import AutoencoderKLQwenImage
 
-    return _load(AutoencoderKLQwenImage, files, dtype, device)
+    model = _load(AutoencoderKLQwenImage, files, dtype, device)
+    if files.fp8:
+        _hold_in_fp8(model, dtype)
+    return model
 
 
 def load_dit(files: ComponentFiles, dtype: dtype, device: device) -> Any:
@@ -77,9 +83,27 @@ def load_dit(files: ComponentFiles, dtype: dtype, device: device) -> Any:
     return _load(QwenImageTransformer2DModel, files, dtype, device)
 
 
+def build_dit(folder: Path) -> Module:
+    """Build the denoiser with new weights."""
+    from diffusers import QwenImageTransformer2DModel
+
+    model: Module = QwenImageTransformer2DModel.from_config(QwenImageTransformer2DModel.load_config(folder))
+    return model.eval()
+
+
 def _load(model_class: Any, files: ComponentFiles, dtype: dtype, device: device) -> Any:
     model = model_class.from_pretrained(files.folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _hold_in_fp8(model: Any, compute_dtype: dtype) -> None:
+    """Store linear and convolution weights in FP8; a layer casts its own to compute, and back."""
+    import torch
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN, apply_layerwise_casting
+
+    # The head may share its weights with the embedding, which is no layer that casts; it is not run.
+    skipped = (*DEFAULT_SKIP_MODULES_PATTERN, "lm_head")
+    apply_layerwise_casting(model, torch.float8_e4m3fn, compute_dtype, skip_modules_pattern=skipped)
 
 
 def encode_text(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -134,7 +158,9 @@ class QwenImage:
             trained_part="model.language_model.",
         ),
         "vae": ComponentSpec(subfolder="vae", class_name="AutoencoderKLQwenImage", load=load_vae),
-        "dit": ComponentSpec(subfolder="transformer", class_name="QwenImageTransformer2DModel", load=load_dit),
+        "dit": ComponentSpec(
+            subfolder="transformer", class_name="QwenImageTransformer2DModel", load=load_dit, build=build_dit
+        ),
     }
     units: tuple[EncodeUnit, ...] = (
         EncodeUnit(

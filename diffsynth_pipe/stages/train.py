@@ -33,10 +33,14 @@ from diffsynth_pipe.training.run_dir import file_digest, resumable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from accelerate import Accelerator
+    from torch import Tensor
+
     from diffsynth_pipe.config import RunConfig
     from diffsynth_pipe.contracts import ComponentFiles, ModelFamily
     from diffsynth_pipe.graph import Cut
     from diffsynth_pipe.training.loop import ResumePoint
+    from diffsynth_pipe.training.loss_module import LossModule
     from diffsynth_pipe.training.outputs import Output
     from diffsynth_pipe.training.sources import SampleSource
 
@@ -106,6 +110,7 @@ def _train(
     source: SampleSource,
 ) -> StageResult:
     from diffsynth_pipe.training import engine as engines
+    from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function
     from diffsynth_pipe.training.loop import Loop
     from diffsynth_pipe.training.loss_module import LossModule
     from diffsynth_pipe.training.state import WEIGHTS, load_weights
@@ -125,9 +130,9 @@ def _train(
         config.save(run_dir / "config.yaml")
     resume = _resume_point(run_dir, plan.key)
     engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
-    device = engines.load_device(accelerator, initialize_model_on_cpu=config.initialize_model_on_cpu)
+    recompute = checkpoint_function(config, engines.deepspeed_settings(accelerator))
     components = {
-        name: family.components[name].load(component, engines.compute_dtype(), device)
+        name: engines.load_component(accelerator, name, family.components[name], component, config)
         for name, component in files.items()
     }
     lineage = {
@@ -138,11 +143,14 @@ def _train(
         "seed": config.seed,
     }
     outputs = _make_trainable(config, family, components, files, lineage)
+    if recompute is not None:
+        components["dit"].enable_gradient_checkpointing(recompute)
     model = LossModule(family, load_task(config.task_name), components, split)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if resume:
         load_weights(trainable, resume.checkpoint.state_folder / f"{WEIGHTS}.safetensors")
     begin = time.perf_counter()
+    engines.set_find_unused_parameters(accelerator, model, lambda: _first_loss(config, accelerator, model, source))
     engine = engines.start(accelerator, model, config)
     result = Loop(
         config,
@@ -201,6 +209,8 @@ def _make_trainable(
     lineage: Mapping[str, object],
 ) -> list[Output]:
     """Unfreeze what is to be trained, add the LoRA, and return what a checkpoint holds of both."""
+    from diffsynth_pipe.training.engine import compute_dtype
+    from diffsynth_pipe.training.fp8 import hold_in_fp8
     from diffsynth_pipe.training.lora import adapter_metadata, add_lora, lora_parameters
     from diffsynth_pipe.training.outputs import LoraOutput, ModelOutput
 
@@ -238,9 +248,27 @@ def _make_trainable(
             )
         )
     components["dit"].train()
-    if config.use_gradient_checkpointing:
-        components["dit"].enable_gradient_checkpointing()
+    if files["dit"].fp8:
+        hold_in_fp8(components["dit"], compute_dtype())
     return outputs
+
+
+def _first_loss(config: RunConfig, accelerator: Accelerator, model: LossModule, source: SampleSource) -> Tensor:
+    """Return the mean loss of this rank's first micro-batch."""
+    from diffsynth_pipe.training.engine import compute_dtype
+    from diffsynth_pipe.training.randomness import SampleDraws
+    from diffsynth_pipe.training.sampler import BucketSampler
+    from diffsynth_pipe.training.sources import to_device
+
+    world_size = accelerator.num_processes
+    global_batch_size = config.batch_size * accelerator.gradient_accumulation_steps * world_size
+    plans = BucketSampler(source.bucket_sizes, global_batch_size, config.seed).plan(0)
+    plan = plans.micro_batches(rank=accelerator.process_index, world_size=world_size, batch_size=config.batch_size)[0]
+    (raw,) = source.batches([plan])
+    batch = to_device(raw, accelerator.device, compute_dtype())
+    draws = SampleDraws(config.seed, batch.sample_ids, batch.visits)
+    loss: Tensor = model(batch, draws)
+    return loss.mean()
 
 
 def _base_model(files: ComponentFiles) -> Mapping[str, str | None]:

@@ -14,16 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.errors import ConfigError, LaunchError
 from diffsynth_pipe.training.optim import make_optimizer
+from diffsynth_pipe.training.partitioned import load_partitioned
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
+    from torch import Tensor
     from torch.nn import Module
     from torch.optim import Optimizer
 
     from diffsynth_pipe.config import RunConfig
+    from diffsynth_pipe.contracts import ComponentFiles, ComponentSpec
 
 PLAIN_TORCH = "engine plain torch"
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +67,9 @@ def start_accelerator(config: RunConfig) -> Accelerator:
 
     handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)]
     deepspeed = _asked_for_deepspeed()
+    if config.nvme_path is not None and not deepspeed:
+        message = "nvme_path: only DeepSpeed offloads to it; leave it out, or set accelerate_config_file"
+        raise ConfigError(message)
     cpu_ranks = not torch.cuda.is_available() and _launched_world_size() > 1
     if not torch.cuda.is_available() and (deepspeed or cpu_ranks):
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
@@ -112,10 +121,74 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
-def load_device(accelerator: Accelerator, *, initialize_model_on_cpu: bool) -> torch.device:
-    """Return where the denoiser's weights are to be loaded: ZeRO-3 partitions them from the CPU."""
-    on_cpu = initialize_model_on_cpu or _asked_for_deepspeed()
+def deepspeed_settings(accelerator: Accelerator) -> dict[str, Any] | None:
+    """Return the DeepSpeed file's contents, filled in; None in a run without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return None if plugin is None else plugin.deepspeed_config
+
+
+def load_component(
+    accelerator: Accelerator, name: str, spec: ComponentSpec, files: ComponentFiles, config: RunConfig
+) -> Any:
+    """Load a model of the training step, frozen; with DeepSpeed into host memory, from where it goes on.
+
+    On CUDA DeepSpeed would move a whole model to each GPU before it partitions it, so ZeRO-3 gets one whose weights go
+    into its partitions as they are read. On a CPU that only costs time.
+
+    Raises:
+        ConfigError: ``fp8_models`` names it, but its weights cannot be held so.
+        ModelError: The files are not the weights of the model that ``config.json`` describes.
+    """
+    settings = deepspeed_settings(accelerator) or {}
+    is_zero3 = settings.get("zero_optimization", {}).get("stage") == 3
+    if files.fp8 and name in comma_list(config.trainable_models):
+        raise ConfigError(
+            f"fp8_models: names the {name}, which trainable_models trains in full; FP8 can only be trained by a LoRA"
+        )
+    if files.fp8 and is_zero3:
+        raise ConfigError(
+            f"fp8_models: names the {name}, but ZeRO-3 cannot partition weights in FP8; take another engine"
+        )
+    if is_zero3 and torch.cuda.is_available() and spec.build is not None:
+        return load_partitioned(spec.build, files, compute_dtype(), accelerator.device, settings)
+    return spec.load(files, compute_dtype(), load_device(accelerator, files, config))
+
+
+def load_device(accelerator: Accelerator, files: ComponentFiles, config: RunConfig) -> torch.device:
+    """Return where a component's weights are loaded; those in FP8 shrink before they go to the GPU."""
+    on_cpu = config.initialize_model_on_cpu or files.fp8 or _asked_for_deepspeed()
     return torch.device("cpu") if on_cpu else accelerator.device
+
+
+def set_find_unused_parameters(accelerator: Accelerator, model: Module, first_loss: Callable[[], Tensor]) -> None:
+    """Let DDP look for parameters without a gradient if a first backward pass leaves any; call it before ``start``.
+
+    DDP waits for the gradient of every parameter and ends with an error where none comes. To look for them costs a walk
+    through the graph in every step, so it is done only where it is needed. Every rank must take part.
+
+    Args:
+        accelerator: Without DDP nothing is done.
+        model: What ``start`` will wrap; it goes to the training device.
+        first_loss: Computes the loss of this rank's first micro-batch, a scalar.
+    """
+    handler = accelerator.ddp_handler
+    if _asked_for_deepspeed() or accelerator.num_processes == 1 or handler.find_unused_parameters:
+        return
+    model.to(accelerator.device)
+    with torch.random.fork_rng():
+        torch.autograd.backward(first_loss())
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unused = [name for name, parameter in trainable.items() if parameter.grad is None]
+    for parameter in trainable.values():
+        parameter.grad = None
+    handler.find_unused_parameters = bool(
+        accelerator.gather(torch.tensor([len(unused)], device=accelerator.device)).any()
+    )
+    if unused:
+        accelerator.print(
+            f"find_unused_parameters: {len(unused)} of {len(trainable)} trained parameters got no gradient from the "
+            f"first batch, such as {unused[0]}"
+        )
 
 
 def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
@@ -124,7 +197,13 @@ def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
     Raises:
         LaunchError: The engine is not the one that the launch configuration asks for.
     """
-    optimizer = make_optimizer(config, (parameter for parameter in model.parameters() if parameter.requires_grad))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        # DeepSpeed casts the parameters of a model that it partitions; of one that came partitioned it takes the others
+        # as they are, and stops at two dtypes.
+        for parameter in trainable:
+            parameter.data = parameter.data.to(compute_dtype())
+    optimizer = make_optimizer(config, trainable)
     model, optimizer = accelerator.prepare(model, optimizer)
     engine = _describe_engine(model)
     dtype = compute_dtype()
@@ -178,14 +257,39 @@ def _deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin:
         "gradient_clipping": config.max_grad_norm,
         "train_batch_size": config.batch_size * config.gradient_accumulation_steps * _launched_world_size(),
     }
+    _set_nvme_path(path, settings["zero_optimization"], config)
     for name, value in parameters.items():
         if settings.get(name, "auto") not in ("auto", value):
             raise ConfigError(f'{path}: {name} is {settings[name]!r}, but this run\'s is {value!r}; write "auto" there')
         settings[name] = value
     if not torch.cuda.is_available():
         _adapt_to_cpu(settings)
-    # The denoiser is loaded whole and partitioned afterwards: from_pretrained does not work under zero.Init.
+    # load_component partitions, where it must be: from_pretrained does not work under zero.Init.
     return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+
+
+def _set_nvme_path(path: Path, zero: dict[str, Any], config: RunConfig) -> None:
+    """Fill in the folder that parameters or optimizer state are offloaded to, if any are."""
+    offloads = [zero[name] for name in ("offload_optimizer", "offload_param") if name in zero]
+    to_nvme = [offload for offload in offloads if offload.get("device") == "nvme"]
+    if not to_nvme:
+        if config.nvme_path is not None:
+            raise ConfigError(f"nvme_path: {path} offloads nothing to nvme; leave it out, or name another file")
+        return
+    import deepspeed
+
+    if not deepspeed.ops.__compatible_ops__["async_io"]:
+        raise ConfigError(
+            f"{path}: offloads to nvme, but DeepSpeed cannot build its async_io extension here; "
+            "install libaio-dev (libaio-devel), or offload to cpu"
+        )
+    folder = config.nvme_path or str(Path(config.output_path).absolute() / "nvme")
+    for offload in to_nvme:
+        written = offload.get("nvme_path", "auto")
+        if written == "auto":
+            offload["nvme_path"] = folder
+        elif config.nvme_path not in (None, written):
+            raise ConfigError(f'{path}: nvme_path is {written!r}, but this run\'s is {folder!r}; write "auto" there')
 
 
 def _read_deepspeed_file() -> tuple[Path, dict[str, Any]]:

@@ -101,6 +101,7 @@ OTHER_VALUES = {
     "data_file_keys": ("photo", "photo", "cache"),
     "model_paths": ('["a", ["b", "c"]]', ["a", ["b", "c"]], "nothing"),
     "model_id_with_origin_paths": ("a/b:c*", "a/b:c*", "nothing"),
+    "fp8_models": ('["a/b:c*", ["d", "e"]]', ["a/b:c*", ["d", "e"]], "nothing"),
     "learning_rate": ("1e-5", 1e-5, "weights"),
     "num_epochs": ("2", 2, "weights"),
     "trainable_models": ("text_encoder", "text_encoder", "weights"),
@@ -123,6 +124,7 @@ OTHER_VALUES = {
     "lora_target_modules": ("to_q,to_k", "to_q,to_k", "weights"),
     "lora_rank": ("16", 16, "weights"),
     "use_gradient_checkpointing": ("true", True, "nothing"),
+    "use_gradient_checkpointing_offload": ("true", True, "nothing"),
     "gradient_accumulation_steps": ("2", 2, "weights"),
     "height": ("512", 512, "cache"),
     "width": ("384", 384, "cache"),
@@ -140,6 +142,8 @@ OTHER_VALUES = {
     "max_grad_norm": ("0.5", 0.5, "weights"),
     "seed": ("7", 7, "weights"),
     "num_validation_samples": ("0", 0, "nothing"),
+    "gradient_checkpointing_backend": ("deepspeed", "deepspeed", "nothing"),
+    "nvme_path": ("/nvme", "/nvme", "nothing"),
     "accelerate_config_file": ("a.yaml", "a.yaml", "nothing"),
 }
 SUPPORTED = [name for name in RunConfig.model_fields if field_metadata(name)["supported"]]
@@ -150,6 +154,7 @@ PARTNER = {
     "lr_warmup_steps": {"lr_scheduler": "cosine"},
     "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
     "lr_power": {"lr_scheduler": "polynomial"},
+    "gradient_checkpointing_backend": {"use_gradient_checkpointing": "true"},
 }
 
 
@@ -306,6 +311,8 @@ def test_an_unsupported_field_is_refused_unless_at_its_default(name):
         ("model_paths", '["a",]'),
         ("model_paths", "[1]"),
         ("model_paths", {"dit": "a"}),
+        ("fp8_models", '["a",]'),
+        ("gradient_checkpointing_backend", "fsdp"),
     ],
 )
 def test_a_wrong_value_is_named(name, value, run_file):
@@ -325,6 +332,31 @@ def test_height_needs_width():
         error_line(dataset_base_path="data", height=64)
         == "height, width: set both or neither, got height=64, width=None"
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"gradient_checkpointing_backend": "deepspeed"},
+            "gradient_checkpointing_backend: 'deepspeed' does nothing without use_gradient_checkpointing",
+        ),
+        (
+            {
+                "gradient_checkpointing_backend": "deepspeed",
+                "use_gradient_checkpointing": True,
+                "use_gradient_checkpointing_offload": True,
+            },
+            "use_gradient_checkpointing_offload: is torch's, but",
+        ),
+    ],
+)
+def test_contradictory_ways_of_checkpointing_are_refused(values, message):
+    assert error_line(dataset_base_path="data", **values).startswith(message)
+
+
+def test_fp8_models_may_be_written_as_either_of_the_parameters_that_they_repeat():
+    assert config(fp8_models="a/b:c*, d.safetensors").fp8_models == ["a/b:c*", "d.safetensors"]
 
 
 def test_all_wrong_parameters_are_named_at_once():
