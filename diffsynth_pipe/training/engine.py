@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.errors import ConfigError, LaunchError
@@ -204,6 +205,10 @@ def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
         for parameter in trainable:
             parameter.data = parameter.data.to(compute_dtype())
     optimizer = make_optimizer(config, trainable)
+    if accelerator.num_processes > 1 and not _asked_for_deepspeed():
+        # DDP would send the whole base from rank 0, which all ranks have read; and gloo cannot send FP8.
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     model, optimizer = accelerator.prepare(model, optimizer)
     engine = _describe_engine(model)
     dtype = compute_dtype()
