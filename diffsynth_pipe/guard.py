@@ -57,6 +57,11 @@ def main() -> int:
     return STOPPED if stopped else exit_code if exit_code is not None else last_code
 
 
+def stop_with_parent() -> None:
+    """Send SIGTERM to this process when the one that started it dies."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _start(command: list[str]) -> int:
     pid = os.fork()
     if pid == 0:

@@ -9,6 +9,7 @@ import warnings
 
 from diffsynth_pipe.errors import USER_ERRORS, TrainingStopped
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
+from diffsynth_pipe.guard import stop_with_parent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,6 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     # torch warns of its own c10d internals once per collective.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     rank = os.environ.get("RANK", "0")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()  # torchrun gives each rank a session of its own, where it would outlive a killed launcher
     try:
         parser = FlagParser(prog="diffsynth_pipe.train", description=__doc__)
         add_config_flags(parser)

@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_store.durable import replace_file
+from cache_store.durable import FolderLock, replace_file
 from cache_store.local_copies import LocalCopies
 from cache_store.object_path import ObjectPath
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.contracts import load_family, load_task, module_of
-from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError
+from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError, RunDirBusy
 from diffsynth_pipe.fingerprint import component_digest, json_digest
 from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.stages.plan import (
@@ -127,6 +127,9 @@ def _train(
         return StageResult(stage="train", state="Cached", key=plan.key, path=run_dir, summary=summarize(plan))
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(run_dir)  # held until this process ends
+        if not lock.try_exclude():
+            raise RunDirBusy(f"another process trains into {run_dir}: wait for it, or stop it with SIGTERM")
         config.save(run_dir / "config.yaml")
     resume = _resume_point(run_dir, plan.key)
     engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)

@@ -208,7 +208,7 @@ def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
     if accelerator.num_processes > 1 and not _asked_for_deepspeed():
         # DDP would send the whole base from rank 0, which all ranks have read; and gloo cannot send FP8.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
     model, optimizer = accelerator.prepare(model, optimizer)
     engine = _describe_engine(model)
     dtype = compute_dtype()

@@ -277,8 +277,6 @@ class Loop:
         engine, is_main = self._engine, self._accelerator.is_main_process
         weights = states.master_weights(engine, self._trainable)
         files: list[str] = []
-        num_bytes = sum(weight.nbytes for weight in weights.values())
-        self._accelerator.print(f"step {step}: gathered {num_bytes / 1e6:.2f} MB of trained weights")
 
         def write(folder: Path) -> None:
             for output in self._outputs:
@@ -312,6 +310,8 @@ class Loop:
             states.write_optimizer(engine, self._trainable, self._run_dir)  # its collectives, no file
             checkpoint = run_dirs.checkpoint_of(self._run_dir, step)
         self._saved_at = time.monotonic()
+        num_bytes = sum(weight.nbytes for weight in weights.values())
+        self._accelerator.print(f"saved {checkpoint.path.name}, gathered {num_bytes / 1e6:.2f} MB of trained weights")
         return checkpoint, files
 
     def _validate(self) -> float | None:

@@ -103,17 +103,25 @@ def load_optimizer(
     """
     inner = _inner_optimizer(engine)
     kinds = sorted(path.stem for path in folder.glob("*.safetensors") if path.stem not in (WEIGHTS, "ema"))
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            inner.state[parameter] = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in kinds} | {
-                kind: torch.tensor(value) if isinstance(value, float) else value for kind, value in numbers.items()
-            }
+    for parameter in _stepped_on(engine, inner):
+        inner.state[parameter] = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in kinds} | {
+            kind: torch.tensor(value) if isinstance(value, float) else value for kind, value in numbers.items()
+        }
     if _is_zero(engine) and not _is_zero3(parameters):
         engine.optimizer.optimizer._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
     for kind in [None, *kinds] if _is_zero(engine) else kinds:
         with safetensors.safe_open(folder / f"{kind or WEIGHTS}.safetensors", framework="pt") as stored:
             for name, parameter in parameters.items():
                 _set(engine, parameter, stored.get_tensor(name), kind)
+
+
+def _stepped_on(engine: Engine, inner: Any) -> list[Tensor]:
+    """Return the tensors that torch's optimizer steps on: the parameters, or ZeRO's flat pieces of them."""
+    zero: Any = engine.optimizer.optimizer  # type: ignore[attr-defined]
+    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 hands them over during a step only
+        pieces: list[Tensor] = zero.fp32_partitioned_groups_flat
+        return pieces
+    return [parameter for group in inner.param_groups for parameter in group["params"]]
 
 
 def _kinds(inner: Any) -> tuple[list[str], dict[str, Any]]:

@@ -5,19 +5,26 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from cache_store.durable import FolderLock
 from diffsynth_pipe.config import load_config
-from diffsynth_pipe.errors import ConfigError, TrainingStopped
+from diffsynth_pipe.errors import ConfigError, RunDirBusy, TrainingStopped
 from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.loop import Loop
 from diffsynth_pipe.training.run_dir import list_checkpoints, resumable
+
+LAUNCH_FILES = Path(__file__).parents[2] / "deploy" / "accelerate"
 
 
 def stop_after(monkeypatch, step, send):
@@ -39,6 +46,37 @@ def stopped_at(parameters, step, number=signal.SIGTERM):
         with pytest.raises(TrainingStopped) as stopped:
             train(load_config(None, parameters))
     assert (stopped.value.step, stopped.value.signal_number) == (step, number)
+
+
+def launch(parameters, engine, world_size, stop=None):
+    """Train under a launch file of the project; send ``stop`` to all processes at the first checkpoint."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", LAUNCH_FILES / f"{engine}.yaml"]
+    command += ["--num_processes", world_size, "--main_process_port", port, "-m", "diffsynth_pipe.train"]
+    command += [text for name, value in parameters.items() for text in (f"--{name}", value)]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if stop is not None and "gathered" in line:
+            for member in (*psutil.Process(process.pid).children(recursive=True), process):
+                member.send_signal(stop)
+            stop = None
+    return process.wait(), "".join(lines)
+
+
+def losses(run_dir):
+    """Return the loss of each step, whichever attempt took it last."""
+    files = sorted(run_dir.glob("metrics*.jsonl"), key=lambda path: path.stat().st_mtime)
+    lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def lora_bytes(result):
@@ -151,3 +189,69 @@ def test_a_kill_at_any_moment_costs_steps_and_no_bit_of_the_result(parameters, o
     assert num_kills == 3
     run = json.loads((run_dir / "run.json").read_text())
     assert (run_dir / run["lora_path"]).read_bytes() == lora_bytes(whole)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3_cpu_offload"])
+def test_the_number_of_ranks_may_change_on_the_way(parameters, other_output, engine):
+    """One rank, then two, then one: the same samples, noise and noise levels in each step, so the same losses."""
+    changes = {"batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 1}
+    whole = train(load_config(None, other_output | changes))
+    stopped_at(parameters | changes, 3)
+    code, output = launch(parameters | changes, engine, 2, stop=signal.SIGTERM)
+    assert code != 0, output
+    assert "goes on after step 3 of 9" in output, output
+    run_dir = plan_train(load_config(None, parameters | changes)).path
+    assert 3 < resumable(run_dir)[-1].step < 9, output
+    resumed = train(load_config(None, parameters | changes))
+    assert losses(run_dir) == pytest.approx(losses(whole.path), rel=1e-5)
+    lora, expected = (load_file(result.path / result.summary["lora_path"]) for result in (resumed, whole))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(lora[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("engine", "world_size"), [("zero2_cpu_offload", 2), ("zero3_cpu_offload", 2)])
+def test_a_killed_run_under_zero_ends_with_the_bits_of_an_uninterrupted_one(
+    parameters, other_output, engine, world_size
+):
+    changes = {"batch_size": 1, "save_steps": 2}
+    code, output = launch(parameters | changes, engine, world_size, stop=signal.SIGKILL)
+    assert code == -signal.SIGKILL, output
+    code, output = launch(parameters | changes, engine, world_size)
+    assert code == 0, output
+    assert "goes on after step" in output
+    code, whole_output = launch(other_output | changes, engine, world_size)
+    assert code == 0, whole_output
+    (run_dir,), (whole_dir,) = (Path(p["output_path"]).glob("train-*") for p in (parameters, other_output))
+    digests = [json.loads((path / "run.json").read_text())["digests"] for path in (run_dir, whole_dir)]
+    assert digests[0] == digests[1]
+
+
+def test_ranks_that_the_global_batch_does_not_divide_among_are_refused(parameters):
+    stopped_at(parameters | {"batch_size": 1, "gradient_accumulation_steps": 3}, 2)
+    code, output = launch(parameters | {"batch_size": 1, "gradient_accumulation_steps": 3}, "ddp", 2)
+    assert code != 0
+    assert "error: the run began with 3 micro-batches per optimizer step, which do not divide among 2 ranks" in output
+
+
+def test_ranks_stop_and_save_when_their_launcher_is_killed(parameters):
+    changes = {"batch_size": 1, "num_epochs": 1000}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "-m", "diffsynth_pipe.train"]
+    command += [str(text) for name, value in (parameters | changes).items() for text in (f"--{name}", value)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launcher:
+        for line in launcher.stdout:
+            if "gathered" in line:
+                ranks = psutil.Process(launcher.pid).children(recursive=True)
+                launcher.kill()
+                break
+        rest = launcher.stdout.read()  # to its end: the ranks hold the other end of the pipe
+    assert "stopped after step" in rest
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+def test_two_trainings_of_one_run_do_not_write_over_each_other(parameters):
+    config = load_config(None, parameters)
+    run_dir = plan_train(config).path
+    run_dir.mkdir(parents=True)
+    with FolderLock(run_dir), pytest.raises(RunDirBusy, match=f"another process trains into {run_dir}"):
+        train(config)
+    assert [path.name for path in run_dir.iterdir()] == []
