@@ -238,12 +238,51 @@ class RunConfig(BaseModel):
         "model-specific", "weights", False, "Image-to-LoRA models: swap the LoRA while running."
     )
 
-    enable_tensorboard_log: bool = _planned("logging", "nothing", False, "Log to TensorBoard.")
-    enable_swanlab_log: bool = _planned("logging", "nothing", False, "Log to SwanLab.")
-    swanlab_project: str | None = _planned("logging", "nothing", None, "SwanLab project.")
-    enable_wandb_log: bool = _planned("logging", "nothing", False, "Log to Weights & Biases.")
-    wandb_project: str | None = _planned("logging", "nothing", None, "Weights & Biases project.")
-    enable_csv_log: bool = _planned("logging", "nothing", False, "Log to a CSV file.")
+    enable_tensorboard_log: bool = _setting(
+        "logging", "nothing", False, "Write TensorBoard's event files to tensorboard_log in the run's folder."
+    )
+    enable_swanlab_log: bool = _setting(
+        "logging", "nothing", False, "Log to SwanLab. Needs the package swanlab and its login, or SWANLAB_MODE=offline."
+    )
+    swanlab_project: str = _setting(
+        "logging", "nothing", "DiffSynth-Studio", "SwanLab project. The variable SWANLAB_PROJECT overrides it."
+    )
+    enable_wandb_log: bool = _setting(
+        "logging",
+        "nothing",
+        False,
+        "Log to Weights & Biases. Needs the package wandb and its login, or WANDB_MODE=offline.",
+    )
+    wandb_project: str = _setting(
+        "logging", "nothing", "DiffSynth-Studio", "Weights & Biases project. The variable WANDB_PROJECT overrides it."
+    )
+    enable_csv_log: bool = _setting(
+        "logging", "nothing", False, "Write metrics.csv (step, key, value) to the run's folder."
+    )
+
+    num_held_out_samples: Annotated[int, Field(ge=0)] = _setting(
+        "validation",
+        "weights",
+        0,
+        "Samples that are never trained on; validation uses them. 0: it uses training samples, and cannot see"
+        " overfitting.",
+    )
+    num_validation_samples: Annotated[int, Field(ge=0)] = _setting(
+        "validation",
+        "nothing",
+        8,
+        "Samples, at most, whose loss is measured before, during and after training. 0: none.",
+    )
+    validation_steps: Count | None = _setting(
+        "validation", "nothing", None, "Optimizer steps between validations. Default: one with each checkpoint."
+    )
+    early_stopping_patience: Count | None = _setting(
+        "validation",
+        "weights",
+        None,
+        "Stop after this many validations without a new smallest loss. What decides when they take place then decides"
+        " the weights too.",
+    )
 
     enable_model_cpu_offload: bool = _planned("offload", "nothing", False, "Bring one layer at a time to the GPU.")
     enable_optimizer_cpu_offload: bool = _planned("offload", "nothing", False, "Step the optimizer on the CPU.")
@@ -315,12 +354,12 @@ class RunConfig(BaseModel):
         "Seconds of encoding between commits: what a crash can cost. 0 commits each record.",
     )
     batch_size: Count = _setting("this project", "weights", 1, "Samples per micro-step and rank.")
+    max_steps: Count | None = _setting(
+        "this project", "weights", None, "Stop after this many optimizer steps, though num_epochs are not over."
+    )
     max_grad_norm: Positive = _setting("this project", "weights", 1.0, "Gradients above this global norm are scaled.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = _setting(
         "this project", "weights", 0, "Decides order, noise, timesteps and the LoRA's first weights."
-    )
-    num_validation_samples: Annotated[int, Field(ge=0)] = _setting(
-        "this project", "nothing", 8, "Samples whose loss is measured before and after training. 0: none."
     )
     gradient_checkpointing_backend: Literal["torch", "deepspeed"] = _setting(
         "this project",
@@ -432,6 +471,22 @@ class RunConfig(BaseModel):
                 raise ValueError(message)
         return self
 
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        idle = [
+            f"{name}: has no effect without {switch}"
+            for name, switch in (("swanlab_project", "enable_swanlab_log"), ("wandb_project", "enable_wandb_log"))
+            if getattr(self, name) != type(self).model_fields[name].default and not getattr(self, switch)
+        ]
+        idle += [
+            f"{name}: has no effect with num_validation_samples 0"
+            for name in ("validation_steps", "early_stopping_patience")
+            if getattr(self, name) is not None and not self.num_validation_samples
+        ]
+        if idle:
+            raise ValueError("; ".join(idle))
+        return self
+
     @property
     def task_name(self) -> str:
         """The task without its stage: ``sft``."""
@@ -463,9 +518,13 @@ class RunConfig(BaseModel):
     def keyed(self, affects: Affects) -> dict[str, Any]:
         """Return the JSON values of the fields that decide this.
 
-        ``task`` comes without its stage: both stages in one command train the same weights as two commands.
+        ``task`` comes without its stage: both stages in one command train the same weights as two commands. With
+        ``early_stopping_patience`` the weights also depend on when and on what validation takes place.
         """
-        values = self.model_dump(mode="json", include=set(fields_that_affect(affects)))
+        names = set(fields_that_affect(affects))
+        if affects == "weights" and self.early_stopping_patience is not None:
+            names |= {"num_validation_samples", "validation_steps", "save_steps"}
+        values = self.model_dump(mode="json", include=names)
         return values | {"task": self.task_name} if "task" in values else values
 
     def save(self, path: Path) -> None:

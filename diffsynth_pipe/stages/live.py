@@ -55,6 +55,10 @@ class LiveSource:
         """Return the digest of the samples and their order, as a sealed snapshot of them would have it."""
         return self._digest
 
+    def sample_ids(self, bucket: str) -> Iterator[str]:
+        """Yield the ids of the samples of a bucket, in their order."""
+        return (sample.sample_id for sample in self._buckets[bucket])
+
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """Yield one batch per plan, in order, on the CPU and in storage dtype.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ from diffsynth_pipe.stages.plan import (
     trainable_models,
 )
 from diffsynth_pipe.training.run_dir import file_digest, resumable
+from diffsynth_pipe.training.trackers import check_packages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,6 +63,7 @@ def train(config: RunConfig) -> StageResult:
         TrainingStopped: A signal came; the state is saved.
         ModelError, ConfigError, LaunchError: As their messages say.
     """
+    check_packages(config)
     family = load_family(config.family)
     split = plan_cut(config, family)
     files = resolve_components(config, family, models_after_cut(config, family))
@@ -113,7 +117,13 @@ def _train(
     from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function
     from diffsynth_pipe.training.loop import Loop
     from diffsynth_pipe.training.loss_module import LossModule
+    from diffsynth_pipe.training.sources import hold_out
     from diffsynth_pipe.training.state import WEIGHTS, load_weights
+
+    # Refused before a model is loaded.
+    train_source, bank = (
+        hold_out(source, config.num_held_out_samples) if config.num_held_out_samples else (source, source)
+    )
 
     accelerator = engines.start_accelerator(config)
     with accelerator.main_process_first():
@@ -153,13 +163,16 @@ def _train(
     if resume:
         load_weights(trainable, resume.checkpoint.state_folder / f"{WEIGHTS}.safetensors")
     begin = time.perf_counter()
-    engines.set_find_unused_parameters(accelerator, model, lambda: _first_loss(config, accelerator, model, source))
+    engines.set_find_unused_parameters(
+        accelerator, model, lambda: _first_loss(config, accelerator, model, train_source)
+    )
     engine = engines.start(accelerator, model, config)
     result = Loop(
         config,
         key=plan.key,
         engine=engine,
-        source=source,
+        source=train_source,
+        bank=bank,
         trainable=trainable,
         outputs=outputs,
         run_dir=run_dir,
@@ -169,7 +182,9 @@ def _train(
         "key": plan.key,
         "num_steps": result.num_steps,
         "loss_before": result.loss_before,
-        "loss_after": result.loss_after,
+        "loss_after": result.validation and result.validation.loss,
+        "best": result.best,
+        "validation": result.validation and asdict(result.validation),
         "files": list(result.files),
         "lora_path": next((file for file in result.files if file.endswith("_lora.safetensors")), None),
         **_base_model(files["dit"]),

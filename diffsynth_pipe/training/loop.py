@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -16,13 +16,13 @@ import torch
 from diffsynth_pipe.errors import LaunchError, TrainingStopped
 from diffsynth_pipe.training import run_dir as run_dirs
 from diffsynth_pipe.training import state as states
-from diffsynth_pipe.training.metrics import Metrics
+from diffsynth_pipe.training.metrics import LossByDecile, Metrics
 from diffsynth_pipe.training.optim import MovingAverage, learning_rates
 from diffsynth_pipe.training.randomness import SampleDraws
 from diffsynth_pipe.training.sampler import BucketSampler
 from diffsynth_pipe.training.signals import StopSignals
 from diffsynth_pipe.training.sources import to_device
-from diffsynth_pipe.training.validation import validation_loss
+from diffsynth_pipe.training.validation import EarlyStopping, Validator
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from diffsynth_pipe.training.outputs import Output
     from diffsynth_pipe.training.sampler import BatchPlan
     from diffsynth_pipe.training.sources import SampleSource
+    from diffsynth_pipe.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +64,16 @@ class TrainResult:
     Attributes:
         num_steps: Optimizer steps.
         loss_before: Validation loss before the first step; None without validation samples.
-        loss_after: Validation loss after the last.
+        validation: The validation after the last.
+        best: Step and loss of the best validation after the first step.
         checkpoint: The last checkpoint.
         files: The files in it that a user loads, relative to the run directory.
     """
 
     num_steps: int
     loss_before: float | None
-    loss_after: float | None
+    validation: Validation | None
+    best: Mapping[str, float | None] | None
     checkpoint: run_dirs.Checkpoint
     files: Sequence[str]
 
@@ -82,7 +85,8 @@ class Loop:
         config: The run.
         key: Its key, by which its checkpoints are known.
         engine: Holds the models.
-        source: Yields the samples.
+        source: Yields the samples to train on.
+        bank: Yields the samples to validate with.
         trainable: What is trained, by the names in the ``LossModule``.
         outputs: What a checkpoint holds for users.
         run_dir: Gets ``metrics.jsonl`` and the checkpoints.
@@ -96,6 +100,7 @@ class Loop:
         key: str,
         engine: Engine,
         source: SampleSource,
+        bank: SampleSource,
         trainable: Mapping[str, Parameter],
         outputs: Sequence[Output],
         run_dir: Path,
@@ -114,8 +119,21 @@ class Loop:
         self._global_batch_size = config.batch_size * self._num_micro_batches
         self._sampler = BucketSampler(source.bucket_sizes, self._global_batch_size, config.seed)
         self._num_steps = self._sampler.num_steps(config.num_epochs * config.dataset_repeat)
+        if config.max_steps is not None:
+            self._num_steps = min(self._num_steps, config.max_steps)
         self._learning_rate = learning_rates(config, self._num_steps)
         self._moving_average: MovingAverage | None = None
+        self._loss_by_decile = LossByDecile()
+        self._early_stopping = EarlyStopping(patience=config.early_stopping_patience)
+        self._validator = Validator(
+            engine.model,
+            bank,
+            engine.accelerator,
+            engine.compute_dtype,
+            num_samples=config.num_validation_samples,
+            held_out=config.num_held_out_samples > 0,
+        )
+        self._loss_before: float | None = None
         self._saved_at = time.monotonic()
 
     def run(self) -> TrainResult:
@@ -126,41 +144,58 @@ class Loop:
             TrainingStopped: A signal asked for it; the state is saved.
         """
         config = self._config
-        first_step = self._restore() if self._resume else 1
+        step = self._restore() if self._resume else 0
+        stopping = self._early_stopping
+        validation: Validation | None = None
         saved: tuple[run_dirs.Checkpoint, list[str]] | None = None
         with (
             StopSignals() as signals,
-            Metrics(self._run_dir, self._num_steps, enabled=self._accelerator.is_main_process) as metrics,
-            contextlib.closing(self._batches(first_step - 1)) as batches,
+            Metrics(
+                config,
+                self._run_dir,
+                self._num_steps,
+                resume_step=step if self._resume else None,
+                enabled=self._accelerator.is_main_process,
+            ) as metrics,
+            contextlib.closing(self._batches(step)) as batches,
         ):
-            if self._resume:
-                loss_before = self._resume.state["loss_before"]
-            else:
-                loss_before = self._validate()
-                metrics.write(0, validation_loss=loss_before)
-            for step in range(first_step, self._num_steps + 1):
+            if not self._resume:
+                validation = self._validate(0, metrics)
+                self._loss_before = validation.loss if validation else None
+            while step < self._num_steps and not stopping.should_stop:
+                step += 1
                 values = self._step(step, batches)
                 metrics.write(step, epoch=self._sampler.finished_passes(step - 1) // config.dataset_repeat, **values)
                 metrics.advance(values)
                 stop, save = self._agree(signals.received is not None, self._is_state_due())
-                if step == self._num_steps or self._is_checkpoint_due(step) or stop or save:
-                    saved = self._save(step, loss_before)
-                if stop and step < self._num_steps:
+                save |= stop or self._is_checkpoint_due(step)
+                validation = None
+                if self._is_validation_due(step):
+                    validation = self._validate(step, metrics)
+                    save |= validation is not None and stopping.update(step, validation.loss)
+                if save or stopping.should_stop:
+                    metrics.write(step, loss_by_noise_decile=self._loss_by_decile.take())
+                    saved = self._save(step)
+                if stop and step < self._num_steps and not stopping.should_stop:
                     raise TrainingStopped(step, signals.received)
-            loss_after = self._validate()
-            metrics.write(self._num_steps, validation_loss=loss_after)
-        if saved is None:  # a run that was killed between its last checkpoint and its end
-            saved = self._save(self._num_steps, loss_before)
+            if stopping.should_stop:
+                metrics.say(
+                    f"stopped at step {step} of {self._num_steps}: no better validation since {stopping.best_step}"
+                )
+            # Both are missing where a run was killed between its last checkpoint and its end.
+            validation = validation or self._validate(step, metrics)
+            saved = saved or self._save(step)
         return TrainResult(
-            num_steps=self._num_steps,
-            loss_before=loss_before,
-            loss_after=loss_after,
+            num_steps=step,
+            loss_before=self._loss_before,
+            validation=validation,
+            best={"step": stopping.best_step, "loss": stopping.best_loss} if validation else None,
             checkpoint=saved[0],
             files=[f"{saved[0].path.name}/{file}" for file in saved[1]],
         )
 
     def _restore(self) -> int:
-        """Give the engine the saved optimizer; return the first step to take."""
+        """Go back to the saved state; return its step."""
         assert self._resume is not None
         checkpoint, state = self._resume.checkpoint, self._resume.state
         folder = checkpoint.state_folder
@@ -169,8 +204,11 @@ class Loop:
             self._moving_average = MovingAverage(
                 safetensors.torch.load_file(folder / "ema.safetensors"), self._config.ema_decay
             )
+        self._loss_before = state["loss_before"]
+        self._validator.base = state["base_losses"]
+        self._early_stopping = EarlyStopping(**state["early_stopping"])
         self._accelerator.print(f"goes on after step {checkpoint.step} of {self._num_steps}")
-        return checkpoint.step + 1
+        return checkpoint.step
 
     def _is_checkpoint_due(self, step: int) -> bool:
         if step == self._num_steps:
@@ -179,6 +217,10 @@ class Loop:
             return step % self._config.save_steps == 0
         repeat = self._config.dataset_repeat
         return step == self._sampler.num_steps(self._sampler.finished_passes(step) // repeat * repeat)
+
+    def _is_validation_due(self, step: int) -> bool:
+        every = self._config.validation_steps
+        return step == self._num_steps or (step % every == 0 if every else self._is_checkpoint_due(step))
 
     def _is_state_due(self) -> bool:
         return time.monotonic() - self._saved_at >= self._config.save_minutes * 60
@@ -209,6 +251,7 @@ class Loop:
         accelerator, engine = self._accelerator, self._engine
         begin, waited_s = time.perf_counter(), 0.0
         losses: list[Tensor] = []
+        deciles: list[Tensor] = []
         sample_ids: list[str] = []
         grad_norm = math.nan
         learning_rate = self._learning_rate(step - 1)
@@ -230,8 +273,9 @@ class Loop:
                 engine.optimizer.step()
                 engine.optimizer.zero_grad()
             losses.append(loss.detach())
+            deciles.append(draws.timestep_index(LossByDecile.NUM_DECILES).to(loss.device))
             sample_ids.extend(batch.sample_ids)
-        mean_loss = self._mean_loss(step, torch.cat(losses), sample_ids)
+        mean_loss = self._mean_loss(step, torch.cat(losses), torch.cat(deciles), sample_ids)
         if not math.isfinite(grad_norm):
             raise LaunchError(f"step {step}: the norm of the gradients is {grad_norm}; lower --learning_rate")
         if self._config.use_ema:
@@ -245,10 +289,11 @@ class Loop:
             "data_wait_share": round(waited_s / elapsed_s, 4),
         }
 
-    def _mean_loss(self, step: int, losses: Tensor, sample_ids: list[str]) -> float:
+    def _mean_loss(self, step: int, losses: Tensor, deciles: Tensor, sample_ids: list[str]) -> float:
         """Return the mean over the global batch; equal on all ranks, so that all of them stop at a NaN."""
-        gathered = self._accelerator.gather(losses)
+        gathered, gathered_deciles = self._accelerator.gather((losses, deciles))
         if gathered.isfinite().all():
+            self._loss_by_decile.add(gathered_deciles, gathered)
             return float(gathered.double().mean())
         from accelerate.utils import gather_object
 
@@ -272,7 +317,7 @@ class Loop:
         else:
             self._moving_average.update(states.current_weights(self._engine, self._trainable), step)
 
-    def _save(self, step: int, loss_before: float | None) -> tuple[run_dirs.Checkpoint, list[str]]:
+    def _save(self, step: int) -> tuple[run_dirs.Checkpoint, list[str]]:
         """Publish a checkpoint; return it, and the files in it that a user loads. Every rank must take part."""
         engine, is_main = self._engine, self._accelerator.is_main_process
         weights = states.master_weights(engine, self._trainable)
@@ -297,14 +342,19 @@ class Loop:
                     "step": step,
                     "num_micro_batches": self._num_micro_batches,
                     "optimizer": numbers,
-                    "loss_before": loss_before,
+                    "loss_before": self._loss_before,
+                    "base_losses": self._validator.base,
+                    "early_stopping": asdict(self._early_stopping),
                 },
             )
 
         if is_main:
             checkpoint = run_dirs.publish(self._run_dir, step, write)
             run_dirs.thin_out(
-                self._run_dir, is_due=self._is_checkpoint_due, limit=self._config.checkpoints_total_limit, best=None
+                self._run_dir,
+                is_due=self._is_checkpoint_due,
+                limit=self._config.checkpoints_total_limit,
+                best=self._early_stopping.best_step,
             )
         else:
             states.write_optimizer(engine, self._trainable, self._run_dir)  # its collectives, no file
@@ -314,11 +364,9 @@ class Loop:
         self._accelerator.print(f"saved {checkpoint.path.name}, gathered {num_bytes / 1e6:.2f} MB of trained weights")
         return checkpoint, files
 
-    def _validate(self) -> float | None:
-        return validation_loss(
-            self._engine.model,
-            self._source,
-            self._config.num_validation_samples,
-            self._accelerator.device,
-            self._engine.compute_dtype,
-        )
+    def _validate(self, step: int, metrics: Metrics) -> Validation | None:
+        validation = self._validator.measure(step)
+        if validation:
+            metrics.write(step, **validation.values())
+            metrics.say(validation)
+        return validation

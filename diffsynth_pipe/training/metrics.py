@@ -1,4 +1,4 @@
-"""Progress for people on stderr, and one JSON line per optimizer step for programs; rank 0 only."""
+"""Progress for people on stderr, and the numbers of a run for programs; rank 0 only."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from cache_store.durable import move_aside
+from diffsynth_pipe.training.trackers import open_lines, open_trackers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
     from types import TracebackType
+
+    from torch import Tensor
+
+    from diffsynth_pipe.config import RunConfig
+    from diffsynth_pipe.training.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -21,27 +26,42 @@ METRICS_FILE = "metrics.jsonl"
 class Metrics:
     """Writes ``metrics.jsonl`` of a run and shows a bar; on other ranks than 0 it does nothing.
 
-    A file that an unfinished attempt left behind is moved aside to ``metrics.<n>.jsonl``.
+    Args:
+        config: Says which trackers get the same numbers.
+        run_dir: Gets the files.
+        num_steps: Optimizer steps of the whole run.
+        resume_step: The step that the run goes on from; what the files say of later ones is dropped, as those come
+            again. None for a new run: a file of an unfinished attempt is moved aside to ``metrics.<n>.jsonl``.
+        enabled: Whether this is rank 0.
     """
 
-    def __init__(self, run_dir: Path, num_steps: int, *, enabled: bool) -> None:
-        self._bar = tqdm(total=num_steps, desc="train", unit="step", disable=not enabled)
+    def __init__(
+        self, config: RunConfig, run_dir: Path, num_steps: int, *, resume_step: int | None = None, enabled: bool
+    ) -> None:
+        self._bar = tqdm(total=num_steps, initial=resume_step or 0, desc="train", unit="step", disable=not enabled)
         self._file: TextIO | None = None
+        self._trackers: list[Tracker] = []
         if enabled:
-            path = run_dir / METRICS_FILE
-            move_aside(path)
-            self._file = path.open("x", encoding="utf-8")
+            self._file = open_lines(run_dir / METRICS_FILE, resume_step, lambda line: int(json.loads(line)["step"]))
+            self._trackers = open_trackers(config, run_dir, resume_step)
 
     def write(self, step: int, **values: Any) -> None:
-        """Append one line; it is on its way to the disk when this returns."""
+        """Append one line; it is on its way to the disk when this returns. Trackers get the numbers in it."""
         if self._file:
             self._file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
             self._file.flush()
+            for tracker in self._trackers:
+                tracker.log(step, _numbers(values))
 
     def advance(self, values: Mapping[str, float]) -> None:
         """Move the bar by one step and show its values."""
         self._bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
         self._bar.update()
+
+    def say(self, line: object) -> None:
+        """Print a line for people, on stdout, past the bar."""
+        if self._file:
+            tqdm.write(str(line))
 
     def __enter__(self) -> Metrics:
         return self
@@ -52,3 +72,41 @@ class Metrics:
         self._bar.close()
         if self._file:
             self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+class LossByDecile:
+    """Mean training loss per tenth of the noise levels that the run draws, the noisiest first.
+
+    Attributes:
+        sums: One per decile.
+        counts: One per decile.
+    """
+
+    NUM_DECILES = 10
+
+    def __init__(self) -> None:
+        self.sums, self.counts = [0.0] * self.NUM_DECILES, [0] * self.NUM_DECILES
+
+    def add(self, deciles: Tensor, losses: Tensor) -> None:
+        """Add losses, ``[batch]``, with the number of each one's decile, ``[batch]``."""
+        for decile, loss in zip(deciles.tolist(), losses.tolist(), strict=True):
+            self.sums[int(decile)] += loss
+            self.counts[int(decile)] += 1
+
+    def take(self) -> list[float | None]:
+        """Return the means since the last call; None for a decile without losses."""
+        means = [total / count if count else None for total, count in zip(self.sums, self.counts, strict=True)]
+        self.sums, self.counts = [0.0] * self.NUM_DECILES, [0] * self.NUM_DECILES
+        return means
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Flatten lists to ``name/0``, ``name/1`` ..., and leave out what is no number."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        is_list = isinstance(value, list | tuple)
+        items = {f"{name}/{number}": item for number, item in enumerate(value)} if is_list else {name: value}
+        flat |= {key: item for key, item in items.items() if isinstance(item, int | float)}
+    return flat

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import heapq
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from diffsynth_pipe.contracts import Batch
+from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from cache_store.contract import FieldSpec
@@ -36,6 +39,9 @@ class SampleSource(Protocol):
     @property
     def digest(self) -> str:
         """Return the digest of the samples and their order."""
+
+    def sample_ids(self, bucket: str) -> Iterator[str]:
+        """Yield the ids of the samples of a bucket, in their order."""
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """Yield one batch per plan, in order, on the CPU and in storage dtype.
@@ -72,6 +78,10 @@ class CachedSource:
         """Return the digest of the samples and their order."""
         return self._snapshot.digest
 
+    def sample_ids(self, bucket: str) -> Iterator[str]:
+        """Yield the ids of the samples of a bucket, in their order."""
+        return map(self._snapshot.sample_id, self._snapshot.bucket_members[bucket].tolist())
+
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """Yield one batch per plan, in order.
 
@@ -102,6 +112,73 @@ class CachedSource:
                     sample_ids=raw.sample_ids,
                     visits=plan.visits,
                 )
+
+
+class Subset:
+    """Some samples of a source, as a source of its own.
+
+    Args:
+        source: Has more samples.
+        members: For each bucket the places of the samples in the source's; at least one.
+    """
+
+    def __init__(self, source: SampleSource, members: Mapping[str, NDArray[np.int64]]) -> None:
+        self._source = source
+        self._members = members
+
+    @property
+    def bucket_sizes(self) -> Mapping[str, int]:
+        """Return the number of samples per bucket."""
+        return {bucket: len(places) for bucket, places in self._members.items()}
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the whole source."""
+        return self._source.digest
+
+    def sample_ids(self, bucket: str) -> Iterator[str]:
+        """Yield the ids of the samples of a bucket, in their order."""
+        wanted = set(self._members[bucket].tolist())
+        return (sample_id for place, sample_id in enumerate(self._source.sample_ids(bucket)) if place in wanted)
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """Yield one batch per plan, in order, as the source does."""
+        return self._source.batches(
+            plan._replace(indices=tuple(self._members[plan.bucket][list(plan.indices)].tolist())) for plan in plans
+        )
+
+
+def hold_out(source: SampleSource, num_samples: int) -> tuple[Subset, Subset]:
+    """Split a source into samples to train on and samples to validate with.
+
+    Held out are the samples with the smallest ids: ids are digests of the content, so this is a random choice that
+    spreads over the buckets by their sizes, and a data set that grows changes little of it. In each bucket the sample
+    with the largest id stays, so that none is emptied.
+
+    Raises:
+        ConfigError: So many cannot be held out.
+    """
+    sizes = source.bucket_sizes
+    most = sum(sizes.values()) - len(sizes)
+    if num_samples > most:
+        raise ConfigError(
+            f"num_held_out_samples: {num_samples} are more than {most}: of {sum(sizes.values())} samples, "
+            f"one in each of {len(sizes)} buckets must be left to train on; lower it"
+        )
+    all_samples = (
+        (sample_id, bucket, place) for bucket in sizes for place, sample_id in enumerate(source.sample_ids(bucket))
+    )
+    held_out: dict[str, list[int]] = {bucket: [] for bucket in sizes}
+    num_left = num_samples
+    # A bucket skips at most one of them, its last.
+    for _, bucket, place in heapq.nsmallest(num_samples + len(sizes), all_samples):
+        if num_left and len(held_out[bucket]) + 1 < sizes[bucket]:
+            held_out[bucket].append(place)
+            num_left -= 1
+    return (
+        Subset(source, {bucket: np.delete(np.arange(sizes[bucket]), held_out[bucket]) for bucket in sizes}),
+        Subset(source, {bucket: np.array(sorted(places)) for bucket, places in held_out.items() if places}),
+    )
 
 
 def collate(

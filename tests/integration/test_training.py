@@ -24,7 +24,7 @@ from diffsynth_pipe.training.randomness import SampleDraws
 from diffsynth_pipe.training.run_dir import list_checkpoints
 from diffsynth_pipe.training.sampler import BucketSampler
 from diffsynth_pipe.training.sources import CachedSource
-from diffsynth_pipe.training.validation import validation_loss
+from diffsynth_pipe.training.validation import Validator
 
 ZERO3 = Path(__file__).parents[2] / "deploy" / "accelerate" / "zero3_cpu_offload.yaml"
 FAMILY = load_family("qwen_image")
@@ -123,6 +123,7 @@ def test_losses_are_those_of_a_plain_torch_loop(parameters, by_hand, changed):
 
 
 def test_diffusers_loads_the_lora_and_gives_the_loss_that_training_ended_with(parameters, cache_dir, tiny_repo):
+    from accelerate import Accelerator
     from diffusers import QwenImagePipeline
 
     result = train(load_config(None, parameters))
@@ -136,7 +137,7 @@ def test_diffusers_loads_the_lora_and_gives_the_loss_that_training_ended_with(pa
 
     def loss():
         model = LossModule(FAMILY, load_task("sft"), {"dit": pipe.transformer})
-        return validation_loss(model, source, 3, torch.device("cpu"), torch.float32)
+        return Validator(model, source, Accelerator(), torch.float32, num_samples=3, held_out=False).measure(0).loss
 
     assert loss() == pytest.approx(run["loss_before"], rel=1e-7)
     pipe.load_lora_weights(result.path / run["lora_path"])

@@ -75,6 +75,12 @@ REFERENCE_DEFAULTS = {
     "customized_optimizer": None,
     "output_path": "./models",
     "remove_prefix_in_ckpt": "pipe.dit.",
+    "enable_tensorboard_log": False,
+    "enable_swanlab_log": False,
+    "swanlab_project": "DiffSynth-Studio",
+    "enable_wandb_log": False,
+    "wandb_project": "DiffSynth-Studio",
+    "enable_csv_log": False,
     "save_steps": None,
     "lora_base_model": None,
     "lora_rank": 32,
@@ -141,9 +147,19 @@ OTHER_VALUES = {
     "batch_size": ("2", 2, "weights"),
     "max_grad_norm": ("0.5", 0.5, "weights"),
     "seed": ("7", 7, "weights"),
-    "num_validation_samples": ("0", 0, "nothing"),
     "gradient_checkpointing_backend": ("deepspeed", "deepspeed", "nothing"),
     "nvme_path": ("/nvme", "/nvme", "nothing"),
+    "enable_tensorboard_log": ("true", True, "nothing"),
+    "enable_swanlab_log": ("true", True, "nothing"),
+    "swanlab_project": ("mine", "mine", "nothing"),
+    "enable_wandb_log": ("true", True, "nothing"),
+    "wandb_project": ("mine", "mine", "nothing"),
+    "enable_csv_log": ("true", True, "nothing"),
+    "num_held_out_samples": ("5", 5, "weights"),
+    "num_validation_samples": ("4", 4, "nothing"),
+    "validation_steps": ("10", 10, "nothing"),
+    "early_stopping_patience": ("3", 3, "weights"),
+    "max_steps": ("100", 100, "weights"),
     "accelerate_config_file": ("a.yaml", "a.yaml", "nothing"),
 }
 SUPPORTED = [name for name in RunConfig.model_fields if field_metadata(name)["supported"]]
@@ -155,6 +171,8 @@ PARTNER = {
     "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
     "lr_power": {"lr_scheduler": "polynomial"},
     "gradient_checkpointing_backend": {"use_gradient_checkpointing": "true"},
+    "swanlab_project": {"enable_swanlab_log": "true"},
+    "wandb_project": {"enable_wandb_log": "true"},
 }
 
 
@@ -357,6 +375,33 @@ def test_contradictory_ways_of_checkpointing_are_refused(values, message):
 
 def test_fp8_models_may_be_written_as_either_of_the_parameters_that_they_repeat():
     assert config(fp8_models="a/b:c*, d.safetensors").fp8_models == ["a/b:c*", "d.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"wandb_project": "mine"}, "wandb_project: has no effect without enable_wandb_log"),
+        ({"swanlab_project": "mine"}, "swanlab_project: has no effect without enable_swanlab_log"),
+        (
+            {"num_validation_samples": 0, "validation_steps": 5},
+            "validation_steps: has no effect with num_validation_samples 0",
+        ),
+        (
+            {"num_validation_samples": 0, "early_stopping_patience": 5},
+            "early_stopping_patience: has no effect with num_validation_samples 0",
+        ),
+    ],
+)
+def test_a_field_that_another_one_makes_idle_is_refused(values, line):
+    assert error_line(dataset_base_path="data", **values) == line
+
+
+@pytest.mark.parametrize("name", ["num_validation_samples", "validation_steps", "save_steps"])
+def test_what_decides_when_a_run_stops_early_decides_the_weights(name):
+    change = {name: OTHER_VALUES[name][0]}
+    assert config(**change).keyed("weights") == config().keyed("weights")
+    stopping = {"early_stopping_patience": 2}
+    assert config(**stopping, **change).keyed("weights") != config(**stopping).keyed("weights")
 
 
 def test_all_wrong_parameters_are_named_at_once():
