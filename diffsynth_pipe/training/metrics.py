@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from diffsynth_pipe.training.trackers import open_lines, open_trackers
+from cache_store.durable import move_aside
+from diffsynth_pipe.errors import LaunchError
+from diffsynth_pipe.training.trackers import open_file_trackers, open_service_trackers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
     from types import TracebackType
 
     from torch import Tensor
@@ -42,16 +45,45 @@ class Metrics:
         self._file: TextIO | None = None
         self._trackers: list[Tracker] = []
         if enabled:
-            self._file = open_lines(run_dir / METRICS_FILE, resume_step, lambda line: int(json.loads(line)["step"]))
-            self._trackers = open_trackers(config, run_dir, resume_step)
+            path = run_dir / METRICS_FILE
+            if resume_step is None:
+                move_aside(path)
+            self._trackers = open_file_trackers(config, run_dir)
+            self._file = path.open("a+", encoding="utf-8")
+            self._replay(resume_step or 0)
+            self._trackers += open_service_trackers(config, run_dir)
+
+    def _replay(self, last_step: int) -> None:
+        """Give the trackers what the file holds, and cut off its later steps and a line that a crash cut short."""
+        assert self._file
+        path, end = Path(self._file.name), 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    entry = json.loads(line)
+                    if entry["step"] > last_step:
+                        break
+                except (ValueError, KeyError, TypeError) as error:
+                    raise LaunchError(f"{path} line {number} is damaged; move the file away, then run again") from error
+                self._log(entry)
+                end += len(line)
+        self._file.truncate(end)
+        os.fsync(self._file.fileno())
 
     def write(self, step: int, **values: Any) -> None:
         """Append one line; it is on its way to the disk when this returns. Trackers get the numbers in it."""
         if self._file:
-            self._file.write(json.dumps({"step": step, **values, "time": round(time.time(), 3)}) + "\n")
+            entry = {"step": step, **values, "time": round(time.time(), 3)}
+            self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
-            for tracker in self._trackers:
-                tracker.log(step, _numbers(values))
+            self._log(entry)
+
+    def _log(self, entry: Mapping[str, Any]) -> None:
+        values = _numbers({name: value for name, value in entry.items() if name not in ("step", "time")})
+        for tracker in self._trackers:
+            tracker.log(entry["step"], values, entry["time"])
 
     def advance(self, values: Mapping[str, float]) -> None:
         """Move the bar by one step and show its values."""
@@ -108,5 +140,5 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     for name, value in values.items():
         is_list = isinstance(value, list | tuple)
         items = {f"{name}/{number}": item for number, item in enumerate(value)} if is_list else {name: value}
-        flat |= {key: item for key, item in items.items() if isinstance(item, int | float)}
+        flat |= {key: item for key, item in items.items() if type(item) in (int, float)}
     return flat

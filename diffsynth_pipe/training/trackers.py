@@ -5,41 +5,47 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import shutil
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cache_store.durable import move_aside
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
-    from typing import TextIO
 
     from diffsynth_pipe.config import RunConfig
 
+CSV_FILE = "metrics.csv"
+TENSORBOARD_FOLDER = "tensorboard_log"
 PACKAGES = {"enable_tensorboard_log": "tensorboardX", "enable_wandb_log": "wandb", "enable_swanlab_log": "swanlab"}
 
 
 class Tracker(Protocol):
     """Takes the numbers of one run."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take the numbers of an optimizer step; some steps have several calls, with other names."""
+    def log(self, step: int, values: Mapping[str, float], time_s: float) -> None:
+        """Take the numbers of an optimizer step; a step can have several calls, with other names.
+
+        Args:
+            step: Its number.
+            values: The numbers by name.
+            time_s: When they were measured, in seconds since 1970.
+        """
 
     def close(self) -> None:
-        """Send what is waiting."""
+        """Store or send what is waiting."""
 
 
 class CsvTracker:
     """``metrics.csv`` with the reference's columns: step, key, value."""
 
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
-        self._file = open_lines(run_dir / "metrics.csv", resume_step, _step_of_row)
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        if not self._file.tell():
-            self._writer.writerow(["step", "key", "value"])
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / CSV_FILE).open("w", encoding="utf-8", newline="")
+        self._writer = csv.writer(self._file)
+        self._writer.writerow(["step", "key", "value"])
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float], time_s: float) -> None:  # noqa: ARG002
         """Append one row per number."""
         self._writer.writerows([step, name, value] for name, value in values.items())
         self._file.flush()
@@ -52,17 +58,15 @@ class CsvTracker:
 class TensorBoardTracker:
     """Event files in ``tensorboard_log``; ``tensorboard --logdir`` of it or of any folder above shows them."""
 
-    def __init__(self, run_dir: Path, resume_step: int | None) -> None:
+    def __init__(self, run_dir: Path) -> None:
         from tensorboardX import SummaryWriter
 
-        # Readers forget what an earlier attempt wrote from the step on at which this one begins.
-        begin = 0 if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(run_dir / "tensorboard_log"), purge_step=begin)
+        self._writer = SummaryWriter(str(run_dir / TENSORBOARD_FOLDER))
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float], time_s: float) -> None:
         """Add one scalar per number."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step, walltime=time_s)
 
     def close(self) -> None:
         """Write what is waiting."""
@@ -89,7 +93,7 @@ class WandbTracker:
             config=config.model_dump(mode="json"),
         )
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float], time_s: float) -> None:  # noqa: ARG002
         """Send the numbers."""
         self._run.log(dict(values), step=step)
 
@@ -104,8 +108,10 @@ class SwanLabTracker:
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         import swanlab
 
+        # Taken out of the environment: swanlab 0.10 reads it as JSON of a setting of its own, and fails.
+        project = os.environ.pop("SWANLAB_PROJECT", None)
         self._run: Any = swanlab.init(
-            project=os.environ.get("SWANLAB_PROJECT") or config.swanlab_project,
+            project=project or config.swanlab_project,
             log_dir=str(run_dir / "swanlab_log"),
             id=run_dir.name,
             name=run_dir.name,
@@ -113,7 +119,7 @@ class SwanLabTracker:
             config=config.model_dump(mode="json"),
         )
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, float], time_s: float) -> None:  # noqa: ARG002
         """Send the numbers."""
         self._run.log(dict(values), step=step)
 
@@ -133,42 +139,18 @@ def check_packages(config: RunConfig) -> None:
             raise ConfigError(f"{name}: needs a package that is not installed; pip install {package}")
 
 
-def open_trackers(config: RunConfig, run_dir: Path, resume_step: int | None) -> list[Tracker]:
-    """Start the trackers that the run asks for; on rank 0 only."""
-    trackers: list[Tracker] = []
-    if config.enable_csv_log:
-        trackers.append(CsvTracker(run_dir, resume_step))
-    if config.enable_tensorboard_log:
-        trackers.append(TensorBoardTracker(run_dir, resume_step))
-    if config.enable_wandb_log:
-        trackers.append(WandbTracker(config, run_dir))
-    if config.enable_swanlab_log:
-        trackers.append(SwanLabTracker(config, run_dir))
-    return trackers
+def open_file_trackers(config: RunConfig, run_dir: Path) -> list[Tracker]:
+    """Start the trackers that write into the run directory, empty; on rank 0 only.
 
-
-def open_lines(path: Path, resume_step: int | None, step_of: Callable[[str], int]) -> TextIO:
-    """Open a log of lines, their steps ascending, to append to.
-
-    Args:
-        path: The log.
-        resume_step: Later steps are cut off, and a last line that a crash cut short; None moves the whole log aside.
-        step_of: Returns the step of a line.
+    They hold nothing that ``metrics.jsonl`` does not: what an earlier attempt left of them is replaced.
     """
-    if resume_step is None:
-        move_aside(path)
-    elif path.exists():
-        with path.open("r+b") as file:
-            end = 0
-            for line in file:
-                if not line.endswith(b"\n") or step_of(line.decode()) > resume_step:
-                    break
-                end += len(line)
-            file.truncate(end)
-            os.fsync(file.fileno())
-    return path.open("a", encoding="utf-8")
+    (run_dir / CSV_FILE).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / TENSORBOARD_FOLDER, ignore_errors=True)
+    trackers: list[Tracker] = [CsvTracker(run_dir)] if config.enable_csv_log else []
+    return [*trackers, TensorBoardTracker(run_dir)] if config.enable_tensorboard_log else trackers
 
 
-def _step_of_row(line: str) -> int:
-    step = line.partition(",")[0]
-    return -1 if step == "step" else int(step)
+def open_service_trackers(config: RunConfig, run_dir: Path) -> list[Tracker]:
+    """Start the trackers that send to a service; on rank 0 only."""
+    trackers: list[Tracker] = [WandbTracker(config, run_dir)] if config.enable_wandb_log else []
+    return [*trackers, SwanLabTracker(config, run_dir)] if config.enable_swanlab_log else trackers
