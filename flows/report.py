@@ -131,8 +131,14 @@ def _data_process_lines(result: StageResult) -> list[str]:
 def _train_lines(result: StageResult) -> list[str]:
     summary = result.summary
     lines = [summary["engine"], f"{summary['num_steps']} steps"]
-    if summary["loss_before"] is not None:
-        lines.append(f"loss at fixed noise {summary['loss_before']:.4f} -> {summary['loss_after']:.4f}")
+    if validation := summary["validation"]:
+        samples = f"{validation['num_samples']} {'held-out' if validation['held_out'] else 'training'} samples"
+        lines.append(f"loss at fixed noise {summary['loss_before']:.4f} -> {summary['loss_after']:.4f}, on {samples}")
+        margin = (
+            "" if validation["improvement_margin"] is None else f" +- {validation['improvement_margin']:.4f} (95 %)"
+        )
+        lines.append(f"base model {validation['base_loss']:.4f}, improved by {validation['improvement']:.4f}{margin}")
+        lines.append(f"best at step {summary['best']['step']}: {summary['best']['loss']:.4f}")
     if summary["lora_path"] is None:
         return [*lines, *(f"weights {(result.path / file).resolve()}" for file in summary["files"])]
     lora_path = (result.path / summary["lora_path"]).resolve()

@@ -6,7 +6,6 @@ import json
 import logging
 import time
 from dataclasses import asdict
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -170,7 +170,6 @@ def test_zero3_follows_the_plain_torch_loop(parameters, by_hand, tmp_path, world
     parameters |= {"batch_size": 2, "output_path": str(tmp_path / "plain")}
     plain = train(load_config(None, parameters)).summary
     assert run["loss_after"] == pytest.approx(plain["loss_after"], rel=1e-5)
-    assert run["loss_before"] == plain["loss_before"]  # 3 samples shared by 2 ranks: to the bit
 
 
 def test_each_epoch_ends_in_a_checkpoint(parameters):

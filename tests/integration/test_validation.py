@@ -3,6 +3,9 @@
 import csv
 import json
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,6 +223,25 @@ def test_a_run_ends_when_its_patience_is_over_and_says_which_step_was_best(param
     assert f"stopped at step {run['num_steps']} of 120: no better validation since {run['best']['step']}" in out
 
 
+def test_ranks_share_the_bank_and_measure_the_same_bits(parameters):
+    """Three samples on two ranks: one of them has nothing to do in the second round, and takes part all the same."""
+    parameters |= {"max_steps": 1}
+    alone = train(load_config(None, parameters | {"batch_size": 2})).path
+    parameters["output_path"] += "-2"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = [word for name, value in parameters.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run([*command, "-m", "diffsynth_pipe.train", *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (together,) = Path(parameters["output_path"]).glob("train-*")
+    assert json.loads((together / "run.json").read_text())["world_size"] == 2
+    for one, two in zip(validations_of(alone), validations_of(together), strict=True):
+        assert one.keys() == two.keys()
+        names = ["validation_base_loss_by_level"] if one["step"] else one.keys() - {"time"}
+        assert {name: one[name] for name in names} == {name: two[name] for name in names}
+        assert one["validation_loss"] == pytest.approx(two["validation_loss"], rel=1e-6)
+    assert done.stdout.count("validation loss") == 2
+
+
 @pytest.mark.parametrize(("max_steps", "num_steps"), [(4, 4), (100, 6)])
 def test_max_steps_ends_a_run_before_its_epochs(parameters, max_steps, num_steps):
     full = train(load_config(None, parameters))
@@ -270,7 +292,7 @@ def test_the_loss_by_noise_decile_adds_up_to_the_loss(parameters):
     ids=["held out", "package"],
 )
 def test_user_errors_are_one_line_and_exit_code_2(parameters, changed, message, capfd, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "swanlab", None)
+    monkeypatch.setitem(sys.modules, "swanlab", None)
     assert main([word for name, value in (parameters | changed).items() for word in (f"--{name}", str(value))]) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
     assert line.startswith(f"error: {message}")
