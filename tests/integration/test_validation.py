@@ -159,12 +159,12 @@ def test_the_base_is_the_model_without_its_lora_and_measuring_changes_nothing(ca
     dit = QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer").requires_grad_(False)
     source = CachedSource(Cache.open(cache_dir).latest(), ["latents", "prompt_emb"])
 
-    def measure():
+    def validator():
         model = LossModule(FAMILY, load_task("sft"), {"dit": dit})
-        validator = Validator(model, source, Accelerator(), torch.float32, num_samples=4, held_out=False)
-        return validator.measure(0)
+        return Validator(model, source, Accelerator(), torch.float32, num_samples=4, held_out=False)
 
-    plain = measure()
+    first = validator()
+    plain = first.measure(0)
     assert (plain.improvement, plain.improvement_margin, plain.base_loss) == (0.0, 0.0, plain.loss)
 
     add_lora(dit.train(), ["to_q", "to_v"], 4, 0)
@@ -174,7 +174,10 @@ def test_the_base_is_the_model_without_its_lora_and_measuring_changes_nothing(ca
     dit.norm_out.eval()
     trainable = [name for name, parameter in dit.named_parameters() if parameter.requires_grad]
     modes = [module.training for module in dit.modules()]
-    with_lora = measure()
+    with_lora = validator().measure(0)
+    resumed = validator()
+    resumed.base = json.loads(json.dumps(first.base))
+    assert resumed.measure(0) == first.measure(0) == with_lora
     assert (with_lora.base_loss, with_lora.base_loss_by_level) == (plain.loss, plain.loss_by_level)
     assert with_lora.loss != pytest.approx(plain.loss, rel=1e-4)
     assert [name for name, parameter in dit.named_parameters() if parameter.requires_grad] == trainable
