@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -10,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_store.durable import FolderLock, replace_file
+from cache_store.durable import replace_file
 from cache_store.local_copies import LocalCopies
 from cache_store.object_path import ObjectPath
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.contracts import load_family, load_task, module_of
-from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError, RunDirBusy
+from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError
 from diffsynth_pipe.fingerprint import component_digest, json_digest
 from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.stages.plan import (
@@ -29,7 +30,7 @@ from diffsynth_pipe.stages.plan import (
     summarize,
     trainable_models,
 )
-from diffsynth_pipe.training.run_dir import file_digest, resumable
+from diffsynth_pipe.training.run_dir import file_digest, only_training, resumable
 from diffsynth_pipe.training.trackers import check_packages
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def train(config: RunConfig) -> StageResult:
     split = plan_cut(config, family)
     files = resolve_components(config, family, models_after_cut(config, family))
     source = _cached_source(config, family, split, files) if config.stage == "train" else _live_source(config)
-    return _train(config, family, split, files, source)
+    with contextlib.ExitStack() as held:
+        return _train(config, family, split, files, source, held)
 
 
 def _cached_source(
@@ -111,6 +113,7 @@ def _train(
     split: Cut,
     files: Mapping[str, ComponentFiles],
     source: SampleSource,
+    held: contextlib.ExitStack,
 ) -> StageResult:
     from diffsynth_pipe.training import engine as engines
     from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function
@@ -136,9 +139,7 @@ def _train(
         return StageResult(stage="train", state="Cached", key=plan.key, path=run_dir, summary=summarize(plan))
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(run_dir)  # held until this process ends
-        if not lock.try_exclude():
-            raise RunDirBusy(f"another process trains into {run_dir}: wait for it, or stop it with SIGTERM")
+        held.enter_context(only_training(run_dir))
         config.save(run_dir / "config.yaml")
     resume = _resume_point(run_dir, plan.key)
     engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)

@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -20,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from cache_store.durable import fsync_folder, publish_folder
-from diffsynth_pipe.errors import LaunchError
+from diffsynth_pipe.errors import LaunchError, RunDirBusy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 STATE_FOLDER = "training_state"
@@ -77,6 +79,24 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write ``state.json`` beside the files of a training state, with their digests."""
     files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
     (folder / STATE_FILE).write_text(json.dumps({**state, "files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def only_training(run_dir: Path) -> Iterator[None]:
+    """Keep other processes of this machine from training into a run directory; a killed one lets go of it.
+
+    Raises:
+        RunDirBusy: One is at it.
+    """
+    descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        message = f"another process trains into {run_dir}: wait for it, or stop it with SIGTERM"
+        raise RunDirBusy(message) from None
+    finally:
+        os.close(descriptor)
 
 
 def list_checkpoints(run_dir: Path) -> list[Checkpoint]:

@@ -16,13 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache_store.durable import FolderLock
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.errors import ConfigError, RunDirBusy, TrainingStopped
 from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.loop import Loop
-from diffsynth_pipe.training.run_dir import list_checkpoints, resumable
+from diffsynth_pipe.training.run_dir import list_checkpoints, only_training, resumable
 
 LAUNCH_FILES = Path(__file__).parents[2] / "deploy" / "accelerate"
 
@@ -252,6 +251,6 @@ def test_two_trainings_of_one_run_do_not_write_over_each_other(parameters):
     config = load_config(None, parameters)
     run_dir = plan_train(config).path
     run_dir.mkdir(parents=True)
-    with FolderLock(run_dir), pytest.raises(RunDirBusy, match=f"another process trains into {run_dir}"):
+    with only_training(run_dir), pytest.raises(RunDirBusy, match=f"another process trains into {run_dir}"):
         train(config)
     assert [path.name for path in run_dir.iterdir()] == []
