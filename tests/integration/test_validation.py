@@ -206,7 +206,7 @@ def test_live_encoding_holds_out_the_same_samples_as_the_cache(run_config):
     cached = train(config.model_copy(update={"task": "sft:train"}))
     live = train(config.model_copy(update={"output_path": f"{config.output_path}-live"}))
     assert cached.summary["num_steps"] == 4
-    for name in ("key", "lora_digest", "validation", "best"):
+    for name in ("key", "digests", "validation", "best"):
         assert live.summary[name] == cached.summary[name]
 
 
@@ -259,7 +259,7 @@ def test_logs_hold_the_same_numbers_and_change_neither_key_nor_weights(parameter
     plain = train(load_config(None, parameters))
     changes = {"enable_csv_log": True, "enable_tensorboard_log": True, "output_path": parameters["output_path"] + "-2"}
     logged = train(load_config(None, parameters | changes))
-    assert (logged.key, logged.summary["lora_digest"]) == (plain.key, plain.summary["lora_digest"])
+    assert (logged.key, logged.summary["digests"]) == (plain.key, plain.summary["digests"])
     with (logged.path / "metrics.csv").open(newline="") as file:
         table = {(int(row["step"]), row["key"]): float(row["value"]) for row in csv.DictReader(file)}
     for line in lines_of(logged.path):
