@@ -136,11 +136,14 @@ def add_lora(model: Module, settings: LoraSettings, seed: int) -> None:
     the dtype of the base.
 
     Raises:
-        ModelError: A target matches no linear layer.
+        ModelError: A target matches no linear layer, or ZeRO-3 has partitioned the weights whose norms DoRA needs.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = target_layers(model, settings.targets)
+    if settings.use_dora and any(hasattr(layer.weight, "ds_id") for layer in linear_layers(model).values()):
+        message = "lora_use_dora: the weights are partitioned already; add initialize_model_on_cpu, or train without it"
+        raise ModelError(message)
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
