@@ -194,13 +194,13 @@ class RunConfig(BaseModel):
         "LoRA", "weights", None, "The update is scaled by lora_alpha / lora_rank. Default: lora_rank."
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = _setting(
-        "LoRA", "weights", 0.0, "Share of a LoRA's inputs that are zeroed in training. 0.05 helps small datasets."
+        "LoRA", "weights", 0.0, "Share of a LoRA's inputs that are zeroed in training."
     )
     lora_use_dora: bool = _setting(
-        "LoRA", "weights", False, "Train the norms of the weight's rows too (DoRA): better at low ranks, slower."
+        "LoRA", "weights", False, "Train the norms of the weight's rows too (DoRA): slower, and diffusers' format alone."
     )
     lora_use_rslora: bool = _setting(
-        "LoRA", "weights", False, "Scale by lora_alpha / sqrt(lora_rank) (rsLoRA), which suits high ranks."
+        "LoRA", "weights", False, "Scale by lora_alpha / sqrt(lora_rank) instead (rsLoRA)."
     )
     lora_checkpoint: str | None = _setting(
         "LoRA", "nothing", None, "LoRA file to start from, in any lora_format. It must have the same layers and rank."
