@@ -197,7 +197,10 @@ class RunConfig(BaseModel):
         "LoRA", "weights", 0.0, "Share of a LoRA's inputs that are zeroed in training."
     )
     lora_use_dora: bool = _setting(
-        "LoRA", "weights", False, "Train the norms of the weight's rows too (DoRA): slower, and diffusers' format alone."
+        "LoRA",
+        "weights",
+        False,
+        "Train the norms of the weight's rows too (DoRA): slower, and diffusers' format alone.",
     )
     lora_use_rslora: bool = _setting(
         "LoRA", "weights", False, "Scale by lora_alpha / sqrt(lora_rank) instead (rsLoRA)."

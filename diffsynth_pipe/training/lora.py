@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
@@ -15,7 +16,7 @@ from diffsynth_pipe.errors import ModelError
 from diffsynth_pipe.training.zero3 import whole
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch.nn import Linear, Module, Parameter
 
@@ -136,14 +137,11 @@ def add_lora(model: Module, settings: LoraSettings, seed: int) -> None:
     the dtype of the base.
 
     Raises:
-        ModelError: A target matches no linear layer, or ZeRO-3 has partitioned the weights whose norms DoRA needs.
+        ModelError: A target matches no linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = target_layers(model, settings.targets)
-    if settings.use_dora and any(hasattr(layer.weight, "ds_id") for layer in linear_layers(model).values()):
-        message = "lora_use_dora: the weights are partitioned already; add initialize_model_on_cpu, or train without it"
-        raise ModelError(message)
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -153,7 +151,7 @@ def add_lora(model: Module, settings: LoraSettings, seed: int) -> None:
         # A pattern, as peft takes the names in a list for endings of names too.
         target_modules="|".join(map(re.escape, layers)),
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _weights_gathered_for_dora():
         torch.manual_seed(seed)
         inject_adapter_in_model(lora, model, adapter_name=ADAPTER_NAME)
     for parameter in model.parameters():
@@ -164,7 +162,8 @@ def add_lora(model: Module, settings: LoraSettings, seed: int) -> None:
         norms = {f"{name}.lora_magnitude_vector": layer for name, layer in linear_layers(model).items()}
         for name, parameter in lora_parameters(model).items():
             if name in norms:
-                parameter.data = norms[name].weight.detach().float().norm(dim=1)
+                with whole([norms[name].weight]):  # type: ignore[list-item]
+                    parameter.data = norms[name].weight.detach().float().norm(dim=1)
 
 
 def lora_parameters(model: Module) -> dict[str, Parameter]:
@@ -224,6 +223,19 @@ def fuse_lora(model: Module, file: LoraFile) -> None:
             if update.magnitude is not None:
                 fused *= (update.magnitude.to(weight.device) / fused.norm(dim=1))[:, None]
             weight.copy_(fused)
+
+
+@contextlib.contextmanager
+def _weights_gathered_for_dora() -> Iterator[None]:
+    """Let peft see the weights whose norms it takes; it gathers them only where transformers was told of ZeRO-3."""
+    from peft.tuners.lora import dora
+
+    original = dora.gather_params_ctx
+    dora.gather_params_ctx = whole
+    try:
+        yield
+    finally:
+        dora.gather_params_ctx = original
 
 
 def _is_list(module: Module) -> bool:

@@ -72,15 +72,3 @@ def test_draws_stay_what_they_were():
     noise, index = draw(IDS, [0, 1, 2], seed=7)
     assert index.tolist() == [788, 172, 677]
     torch.testing.assert_close(noise[:, 0, 0, 0, 0], torch.tensor([0.788003, 0.563075, -0.187711]), rtol=0, atol=1e-6)
-
-
-def test_dropout_repeats_its_masks_for_the_same_batch_alone():
-    def mask(*draws):
-        SampleDraws(*draws).seed_dropout()
-        return torch.rand(16)
-
-    first = mask(0, ["a", "b"], [0, 1])
-    torch.rand(3)
-    assert torch.equal(mask(0, ["a", "b"], [0, 1]), first)
-    for other in ((1, ["a", "b"], [0, 1]), (0, ["b", "a"], [1, 0]), (0, ["a", "b"], [0, 2])):
-        assert not torch.equal(mask(*other), first)
