@@ -1,5 +1,6 @@
 """Training that starts from LoRA files, on the tiny model: what it trains, and what decides its key."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,41 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffsynth_pipe.config import load_config
-from diffsynth_pipe.stages.data_process import data_process
 from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.train import main
 
 CHECKPOINT = "transformer/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate(monkeypatch):
-    """Forget the process-wide state that accelerate keeps, as a new process would."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_DEEPSPEED"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def parameters(run_config, run_parameters, tiny_repo, tmp_path):
-    """Parameters of stage 2 on six cached photos, and of a LoRA on two kinds of layers."""
-    data_process(run_config(max_pixels=1024))
-    return {
-        "task": "sft:train",
-        "dataset_base_path": run_parameters["cache_path"],
-        "model_paths": [str(tiny_repo / CHECKPOINT)],
-        "lora_base_model": "dit",
-        "lora_target_modules": "to_q,to_out.0",
-        "lora_rank": 4,
-        "learning_rate": 1e-2,
-        "num_validation_samples": 2,
-        "output_path": str(tmp_path / "output"),
-    }
 
 
 def run(parameters, **changes):
@@ -81,7 +52,7 @@ def test_a_preset_lora_trains_the_difference(parameters, tiny_repo, tmp_path):
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     pipe.transformer.save_pretrained(tmp_path / "fused" / "transformer")
-    _, expected = run(parameters, model_paths=[str(tmp_path / "fused" / CHECKPOINT)])
+    _, expected = run(parameters, model_paths=json.dumps([str(tmp_path / "fused" / CHECKPOINT)]))
     theirs, mine = load_file(expected), load_file(difference)
     assert set(mine) == set(theirs)
     for name, tensor in mine.items():
@@ -103,8 +74,7 @@ def test_dropout_is_repeated_by_a_second_run_and_not_part_of_validation(paramete
 
 
 def flags(parameters):
-    values = {name: f'["{value[0]}"]' if isinstance(value, list) else value for name, value in parameters.items()}
-    return [argument for name, value in values.items() for argument in (f"--{name}", str(value))]
+    return [argument for name, value in parameters.items() for argument in (f"--{name}", str(value))]
 
 
 @pytest.mark.parametrize(
