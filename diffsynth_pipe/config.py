@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 Affects = Literal["cache", "weights", "nothing"]
 Stage = Literal["data_process", "train"]
+LoraFormat = Literal["diffusers", "diffsynth", "comfyui"]
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -180,12 +182,44 @@ class RunConfig(BaseModel):
 
     lora_base_model: str | None = _setting("LoRA", "weights", None, "Model that gets the LoRA: dit.")
     lora_target_modules: str | None = _setting(
-        "LoRA", "weights", None, "Layers that get a LoRA, comma-separated. Default: what the family recommends."
+        "LoRA",
+        "weights",
+        None,
+        "Layers that get a LoRA, comma-separated, as a whole or from a dot onwards. One item that is no plain name is a"
+        ' regular expression on whole names; "" takes all with at least 512 inputs and outputs inside the blocks.'
+        " Default: what the family recommends.",
     )
-    lora_rank: Count = _setting("LoRA", "weights", 32, "Rank, and alpha, of the LoRA.")
-    lora_checkpoint: str | None = _planned("LoRA", "weights", None, "LoRA file to start from.")
-    preset_lora_path: str | None = _planned("LoRA", "weights", None, "LoRA file to fuse into the base model first.")
-    preset_lora_model: str | None = _planned("LoRA", "weights", None, "Model that the preset LoRA is fused into.")
+    lora_rank: Count = _setting("LoRA", "weights", 32, "Rank of the LoRA.")
+    lora_alpha: Positive | None = _setting(
+        "LoRA", "weights", None, "The update is scaled by lora_alpha / lora_rank. Default: lora_rank."
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = _setting(
+        "LoRA", "weights", 0.0, "Share of a LoRA's inputs that are zeroed in training."
+    )
+    lora_use_dora: bool = _setting(
+        "LoRA",
+        "weights",
+        False,
+        "Train the norms of the weight's rows too (DoRA): slower, and diffusers' format alone.",
+    )
+    lora_use_rslora: bool = _setting(
+        "LoRA", "weights", False, "Scale by lora_alpha / sqrt(lora_rank) instead (rsLoRA)."
+    )
+    lora_checkpoint: str | None = _setting(
+        "LoRA", "nothing", None, "LoRA file to start from, in any lora_format. It must have the same layers and rank."
+    )
+    preset_lora_path: str | None = _setting(
+        "LoRA", "nothing", None, "LoRA file to fuse into the base model first, together with preset_lora_model."
+    )
+    preset_lora_model: Literal["dit"] | None = _setting(
+        "LoRA", "weights", None, "Model that the preset LoRA is fused into, together with preset_lora_path: dit."
+    )
+    lora_format: LoraFormat = _setting(
+        "LoRA",
+        "weights",
+        "diffusers",
+        "Names in the LoRA file: diffusers, diffsynth (the reference's) or comfyui (kohya's, with an alpha per layer).",
+    )
 
     use_gradient_checkpointing: bool = _setting(
         "gradient", "nothing", False, "Recompute activations in the backward pass: less memory, about a third slower."
@@ -428,6 +462,16 @@ class RunConfig(BaseModel):
         tasks = plugin_names("diffsynth_pipe.training.tasks")
         return _one_of(value, [f"{task}{suffix}" for task in tasks for suffix in ("", ":data_process", ":train")])
 
+    @field_validator("lora_target_modules")
+    @classmethod
+    def _pattern(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            message = f"is not a regular expression ({error})"
+            raise ValueError(message) from error
+        return value
+
     @field_validator("dataset_base_path", "output_path")
     @classmethod
     def _folder(cls, value: str) -> str:
@@ -485,6 +529,13 @@ class RunConfig(BaseModel):
         ]
         if idle:
             raise ValueError("; ".join(idle))
+        return self
+
+    @model_validator(mode="after")
+    def _dora_in_its_only_format(self) -> Self:
+        if self.lora_use_dora and self.lora_format != "diffusers":
+            message = f"lora_use_dora, lora_format: {self.lora_format} cannot hold DoRA's norms; set it to diffusers"
+            raise ValueError(message)
         return self
 
     @property

@@ -193,6 +193,7 @@ class ModelFamily(Protocol):
         latents_field: The field that is noised.
         lora_target_modules: Default LoRA targets; each must match at least one module.
         lora_prefix: What diffusers puts before the denoiser's names in a LoRA file: ``transformer``.
+        architecture: What the metadata of a LoRA file calls the family's models: ``Qwen-Image``.
     """
 
     components: Mapping[str, ComponentSpec]
@@ -202,6 +203,7 @@ class ModelFamily(Protocol):
     latents_field: str
     lora_target_modules: tuple[str, ...]
     lora_prefix: str
+    architecture: str
 
     def check_fields(self, dit_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse cached fields that this denoiser cannot take.

@@ -194,6 +194,7 @@ class QwenImage:
         *("img_mlp.net.2", "img_mod.1", "txt_mlp.net.2", "txt_mod.1"),
     )
     lora_prefix = "transformer"
+    architecture = "Qwen-Image"
 
     def check_fields(self, dit_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse cached fields that this denoiser cannot take; see ``ModelFamily``."""

@@ -14,8 +14,8 @@ from cache_store.contract import CacheCorrupt, CacheNotFound
 from cache_store.durable import file_sizes
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.contracts import column_unit, load_family, load_task
-from diffsynth_pipe.errors import ConfigError
-from diffsynth_pipe.fingerprint import component_digest, json_digest, record_key, unit_recipe
+from diffsynth_pipe.errors import ConfigError, ModelFileMissing
+from diffsynth_pipe.fingerprint import component_digest, file_digest, json_digest, record_key, unit_recipe
 from diffsynth_pipe.graph import Cut, cut
 from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.training.run_dir import resumable
@@ -245,6 +245,7 @@ def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
             "parameters": config.keyed("weights"),
             "samples": data_digest,
             "base_models": {name: component_digest(files) for name, files in base.items()},
+            "lora_files": lora_file_digests(config),
         }
     )
     run_dir = Path(config.output_path) / f"train-{key[:12]}"
@@ -257,6 +258,31 @@ def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
         return StagePlan(stage="train", verdict="resume", key=key, path=run_dir, why=why)
     why = "stopped before its first checkpoint" if run_dir.exists() else "not trained yet"
     return StagePlan(stage="train", verdict="build", key=key, path=run_dir, why=why)
+
+
+def lora_file_digests(config: RunConfig) -> dict[str, str]:
+    """Return the digests of the LoRA files that training starts from, by the fields that name them.
+
+    Raises:
+        ConfigError: One is named without what it is for.
+        ModelFileMissing: One is not there.
+    """
+    if (config.preset_lora_path is None) != (config.preset_lora_model is None):
+        raise ConfigError(
+            "preset_lora_path, preset_lora_model: set both or neither, "
+            f"got preset_lora_path={config.preset_lora_path}, preset_lora_model={config.preset_lora_model}"
+        )
+    if config.lora_checkpoint is not None and not config.lora_base_model:
+        message = "lora_checkpoint: set without lora_base_model, so there is no LoRA to start; set both or neither"
+        raise ConfigError(message)
+    paths = {"lora_checkpoint": config.lora_checkpoint, "preset_lora_path": config.preset_lora_path}
+    digests: dict[str, str] = {}
+    for name, path in paths.items():
+        if path is not None:
+            if not Path(path).is_file():
+                raise ModelFileMissing(f"{name}: {path} is not a file; check the path")
+            digests[name] = file_digest(Path(path))
+    return digests
 
 
 def read_run(run_dir: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from diffsynth_pipe.stages.plan import (
     STATE_OF_VERDICT,
     StageResult,
     latest_snapshot,
+    lora_file_digests,
     models_after_cut,
     plan_cut,
     plan_encoding,
@@ -118,6 +120,7 @@ def _train(
     from diffsynth_pipe.training import engine as engines
     from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function
     from diffsynth_pipe.training.loop import Loop
+    from diffsynth_pipe.training.lora_file import resolution_of
     from diffsynth_pipe.training.loss_module import LossModule
     from diffsynth_pipe.training.sources import hold_out
     from diffsynth_pipe.training.state import WEIGHTS, load_weights
@@ -154,8 +157,9 @@ def _train(
         "samples_digest": source.digest,
         "base_model_digest": digests["dit"],
         "seed": config.seed,
+        "lora_files": lora_file_digests(config),
     }
-    outputs = _make_trainable(config, family, components, files, lineage)
+    outputs = _make_trainable(config, family, components, files, lineage, resolution_of(source.bucket_sizes))
     if recompute is not None:
         components["dit"].enable_gradient_checkpointing(recompute)
     model = LossModule(family, load_task(config.task_name), components, split)
@@ -225,11 +229,16 @@ def _make_trainable(
     components: Mapping[str, Any],
     files: Mapping[str, ComponentFiles],
     lineage: Mapping[str, object],
+    resolution: str | None,
 ) -> list[Output]:
-    """Unfreeze what is to be trained, add the LoRA, and return what a checkpoint holds of both."""
+    """Unfreeze what is to be trained, add the LoRA, and return what a checkpoint holds of both.
+
+    A preset LoRA is fused into the denoiser before, and the LoRA starts from a file, as far as the run names them.
+    """
     from diffsynth_pipe.training.engine import compute_dtype
     from diffsynth_pipe.training.fp8 import hold_in_fp8
-    from diffsynth_pipe.training.lora import adapter_metadata, add_lora, lora_parameters
+    from diffsynth_pipe.training.lora import add_lora, fuse_lora, load_lora, lora_parameters, lora_settings
+    from diffsynth_pipe.training.lora_file import export_lora, read_lora
     from diffsynth_pipe.training.outputs import LoraOutput, ModelOutput
 
     outputs: list[Output] = []
@@ -248,26 +257,38 @@ def _make_trainable(
                 lineage=lineage,
             )
         )
+    dit, prefix = components["dit"], family.lora_prefix
+    if config.preset_lora_path is not None:
+        fuse_lora(dit, read_lora(config.preset_lora_path, dit, prefix=prefix, parameter="preset_lora_path"))
     if config.lora_base_model:
-        dit = components["dit"]
-        targets = comma_list(config.lora_target_modules) or family.lora_target_modules
-        add_lora(dit, targets, config.lora_rank, config.seed)
-        file_names = {id(parameter): name for name, parameter in lora_parameters(dit, family.lora_prefix).items()}
+        settings = lora_settings(config, family.lora_target_modules)
+        add_lora(dit, settings, config.seed)
+        if config.lora_checkpoint is not None:
+            file = read_lora(config.lora_checkpoint, dit, prefix=prefix, parameter="lora_checkpoint")
+            load_lora(dit, file, settings)
+        lora_names = {id(parameter): name for name, parameter in lora_parameters(dit).items()}
         outputs.append(
             LoraOutput(
                 name="dit",
-                file_names={
-                    f"models.dit.{name}": file_names[id(parameter)]
+                lora_names={
+                    f"models.dit.{name}": lora_names[id(parameter)]
                     for name, parameter in dit.named_parameters()
-                    if id(parameter) in file_names
+                    if id(parameter) in lora_names
                 },
-                adapter=adapter_metadata(targets, config.lora_rank, family.lora_prefix),
-                lineage={**lineage, "lora_rank": config.lora_rank, "lora_alpha": config.lora_rank},
+                export=partial(
+                    export_lora,
+                    settings=settings,
+                    lora_format=config.lora_format,
+                    prefix=prefix,
+                    architecture=family.architecture,
+                    resolution=resolution,
+                ),
+                lineage={**lineage, "lora_rank": settings.rank, "lora_alpha": settings.alpha},
             )
         )
-    components["dit"].train()
+    dit.train()
     if files["dit"].fp8:
-        hold_in_fp8(components["dit"], compute_dtype())
+        hold_in_fp8(dit, compute_dtype())
     return outputs
 
 

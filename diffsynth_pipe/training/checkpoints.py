@@ -19,14 +19,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-ADAPTER_METADATA_KEY = "lora_adapter_metadata"
-"""Where diffusers looks for rank and alpha: ``diffusers.loaders.lora_base.LORA_ADAPTER_METADATA_KEY``."""
-
 LINEAGE_KEY = "diffsynth_pipe"
 
 
 def write_lora(
-    path: Path, tensors: Mapping[str, Tensor], adapter: Mapping[str, object], lineage: Mapping[str, object]
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], lineage: Mapping[str, object]
 ) -> str:
     """Write a LoRA file and read it back.
 
@@ -35,7 +32,7 @@ def write_lora(
     Args:
         path: The ``.safetensors`` file; an older one is replaced.
         tensors: CPU tensors by their names in the file.
-        adapter: Rank and alpha, as ``lora.adapter_metadata`` returns them.
+        metadata: As ``lora_file.export_lora`` returns it.
         lineage: What the weights were made from.
 
     Returns:
@@ -44,21 +41,21 @@ def write_lora(
     Raises:
         LaunchError: The disk gave back other bytes.
     """
-    metadata = {"format": "pt", ADAPTER_METADATA_KEY: _json(adapter), LINEAGE_KEY: _json(lineage)}
-    payload = with_metadata(safetensors.torch.save(dict(tensors)), metadata)
+    header = {"format": "pt", **metadata, LINEAGE_KEY: json.dumps(lineage, sort_keys=True)}
+    payload = with_metadata(safetensors.torch.save(dict(tensors)), header)
     replace_file(path, payload, path.parent)
     with safetensors.safe_open(path, framework="pt") as file:
         names = set(file.keys())
         same = names == set(tensors) and all(
-            torch.equal(file.get_tensor(name).view(torch.uint8), tensors[name].view(torch.uint8)) for name in names
+            torch.equal(_bytes_of(file.get_tensor(name)), _bytes_of(tensors[name])) for name in names
         )
     if not same:
         raise LaunchError(f"{path} does not read back as it was written; check the disk, then run again")
     return blake3(payload).hexdigest(length=16)
 
 
-def _json(value: Mapping[str, object]) -> str:
-    return json.dumps(value, sort_keys=True)
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def with_metadata(payload: bytes, metadata: Mapping[str, str]) -> bytes:

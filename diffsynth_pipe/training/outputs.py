@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from diffsynth_pipe.training import checkpoints
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -40,25 +40,25 @@ class Output(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraOutput:
-    """A LoRA, as diffusers loads it.
+    """A LoRA.
 
     Attributes:
         name: The model that it is for: ``dit``.
-        file_names: The names of its weights in the file, by their names in the ``LossModule``.
-        adapter: Rank and alpha, as diffusers stores them.
+        lora_names: The names of its weights in ``lora.lora_parameters``, by their names in the ``LossModule``.
+        export: Gives its tensors the names of a file, and the file its metadata.
         lineage: What the weights were made from.
     """
 
     name: str
-    file_names: Mapping[str, str]
-    adapter: Mapping[str, object]
+    lora_names: Mapping[str, str]
+    export: Callable[[Mapping[str, Tensor]], tuple[Mapping[str, Tensor], Mapping[str, str]]]
     lineage: Mapping[str, object]
 
     def write(self, folder: Path, weights: Mapping[str, Tensor], step: int, suffix: str = "") -> list[str]:
         """Write ``<name>_lora.safetensors``; see ``Output``."""
         file = f"{self.name}_lora{suffix}.safetensors"
-        tensors = {file_name: weights[name] for name, file_name in self.file_names.items()}
-        checkpoints.write_lora(folder / file, tensors, self.adapter, {**self.lineage, "step": step})
+        tensors, metadata = self.export({lora_name: weights[name] for name, lora_name in self.lora_names.items()})
+        checkpoints.write_lora(folder / file, tensors, metadata, {**self.lineage, "step": step})
         return [file]
 
 

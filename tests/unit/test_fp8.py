@@ -5,13 +5,13 @@ import torch
 
 from diffsynth_pipe.contracts import load_family
 from diffsynth_pipe.training.fp8 import hold_in_fp8
-from diffsynth_pipe.training.lora import add_lora
+from diffsynth_pipe.training.lora import LoraSettings, add_lora
 
 FAMILY = load_family("qwen_image")
 
 
 def with_lora(model):
-    add_lora(model, FAMILY.lora_target_modules, 4, 0)
+    add_lora(model, LoraSettings(targets=FAMILY.lora_target_modules, rank=4, alpha=4.0), 0)
     generator = torch.Generator().manual_seed(0)
     lora = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     start = {name: parameter.detach().clone() for name, parameter in lora.items()}

@@ -9,7 +9,7 @@ from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import load_family
 from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function
-from diffsynth_pipe.training.lora import add_lora
+from diffsynth_pipe.training.lora import LoraSettings, add_lora
 
 FAMILY = load_family("qwen_image")
 NONE = {}
@@ -27,7 +27,7 @@ def loss_and_gradients(tiny_repo, values, between=lambda _: None):
     from diffusers import QwenImageTransformer2DModel
 
     model = QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer").requires_grad_(False)
-    add_lora(model, FAMILY.lora_target_modules, 4, 0)
+    add_lora(model, LoraSettings(targets=FAMILY.lora_target_modules, rank=4, alpha=4.0), 0)
     lora = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -1,0 +1,104 @@
+"""Training that starts from LoRA files, on the tiny model: what it trains, and what decides its key."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffsynth_pipe.config import load_config
+from diffsynth_pipe.stages.plan import plan_train
+from diffsynth_pipe.stages.train import train
+from diffsynth_pipe.train import main
+
+CHECKPOINT = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def run(parameters, **changes):
+    """Train, and return the summary and the path of the LoRA file."""
+    result = train(load_config(None, parameters | changes))
+    return result.summary, result.path / result.summary["lora_path"]
+
+
+def test_a_started_lora_goes_on_where_the_file_ends(parameters, tmp_path):
+    """In another format and with another alpha, so that both conversions take part."""
+    first, path = run(parameters, lora_format="comfyui", lora_alpha=6)
+    second, _ = run(parameters, lora_checkpoint=str(path))
+    assert first["loss_after"] < first["loss_before"]
+    assert second["loss_before"] == pytest.approx(first["loss_after"], rel=1e-6)
+    assert second["loss_after"] < second["loss_before"]
+
+    key = plan_train(load_config(None, parameters | {"lora_checkpoint": str(path)})).key
+    moved = shutil.copy(path, tmp_path / "moved.safetensors")
+    assert plan_train(load_config(None, parameters | {"lora_checkpoint": str(moved)})).key == key == second["key"]
+    tensors = load_file(moved)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, moved)
+    assert plan_train(load_config(None, parameters | {"lora_checkpoint": str(moved)})).key != key
+
+
+def test_a_preset_lora_trains_the_difference(parameters, tiny_repo, tmp_path):
+    """As on a base whose weights diffusers has fused with it."""
+    from diffusers import QwenImagePipeline
+
+    first, path = run(parameters, lora_alpha=8)
+    preset = {"preset_lora_path": str(path), "preset_lora_model": "dit"}
+    second, difference = run(parameters, **preset)
+    assert second["loss_before"] == pytest.approx(first["loss_after"], rel=1e-6)
+
+    pipe = QwenImagePipeline.from_pretrained(tiny_repo, vae=None, text_encoder=None, dtype=torch.float32)
+    pipe.load_lora_weights(path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.transformer.save_pretrained(tmp_path / "fused" / "transformer")
+    _, expected = run(parameters, model_paths=json.dumps([str(tmp_path / "fused" / CHECKPOINT)]))
+    theirs, mine = load_file(expected), load_file(difference)
+    assert set(mine) == set(theirs)
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-4)
+    assert len({first["key"], second["key"]}) == 2
+
+
+def test_dropout_is_repeated_by_a_second_run_and_not_part_of_validation(parameters, tmp_path):
+    plain, path = run(parameters)
+    dropped, first = run(parameters, lora_dropout=0.5)
+    _, second = run(parameters, lora_dropout=0.5, output_path=str(tmp_path / "again"))
+    assert dropped["loss_before"] == plain["loss_before"]
+    assert first.read_bytes() == second.read_bytes()
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
+    assert not torch.equal(load_file(first)[name], load_file(path)[name])
+
+    continued, _ = run(parameters, lora_checkpoint=str(first), lora_dropout=0.5)
+    assert continued["loss_before"] == dropped["loss_after"]
+
+
+def flags(parameters):
+    return [argument for name, value in parameters.items() for argument in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"lora_target_modules": ""},
+            'lora_target_modules: the automatic rule ("") finds no linear layer with at least 512',
+        ),
+        ({"lora_checkpoint": "no.safetensors"}, "lora_checkpoint: no.safetensors is not a file; check the path"),
+        ({"lora_checkpoint": "vae"}, "is no weight of a LoRA as diffusers, DiffSynth-Studio or ComfyUI name it"),
+        ({"preset_lora_path": "vae", "preset_lora_model": "dit"}, "preset_lora_path: "),
+        ({"preset_lora_path": "a.safetensors"}, "preset_lora_path, preset_lora_model: set both or neither, got"),
+        ({"preset_lora_model": "dit"}, "preset_lora_path, preset_lora_model: set both or neither, got"),
+        ({"lora_use_dora": "true", "lora_format": "diffsynth"}, "lora_use_dora, lora_format: diffsynth cannot hold"),
+    ],
+    ids=["automatic", "missing", "no_lora", "preset_no_lora", "preset_alone", "preset_model_alone", "dora"],
+)
+def test_user_errors_are_one_line_and_exit_code_2(parameters, tiny_repo, changes, message, capfd):
+    vae = str(tiny_repo / "vae" / "diffusion_pytorch_model.safetensors")
+    changes = {name: vae if value == "vae" else value for name, value in changes.items()}
+    assert main(flags(parameters | changes)) == 2
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+    assert not list(Path(parameters["output_path"]).glob("*/*.safetensors"))
