@@ -15,6 +15,7 @@ from cache_store.store import Cache, SealedSample
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import load_family
 from diffsynth_pipe.stages.train import train
+from diffsynth_pipe.training.lora import add_lora
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FAMILY = load_family("qwen_image")
@@ -70,13 +71,16 @@ def parameters(cache_dir, tiny_repo, tmp_path):
     }
 
 
-def launch(config_file, parameters, *, num_processes=1, cwd=None, **env):
-    """Run ``accelerate launch --config_file CONFIG_FILE -m diffsynth_pipe.train`` to its end."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def launch(config_file, parameters, *, num_processes=1, cwd=None, **env):
+    """Run ``accelerate launch --config_file CONFIG_FILE -m diffsynth_pipe.train`` to its end."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file]
-    command += ["--num_processes", num_processes, "--main_process_port", port, "-m", "diffsynth_pipe.train"]
+    command += ["--num_processes", num_processes, "--main_process_port", free_port(), "-m", "diffsynth_pipe.train"]
     flags = [argument for name, value in parameters.items() for argument in (f"--{name}", value)]
     return subprocess.run(
         list(map(str, [*command, *flags])),
@@ -131,3 +135,165 @@ def test_each_launch_file_trains_as_plain_torch(parameters, plain, name, num_pro
     found = trained(parameters)
     assert found[2]["engine"] == f"engine {engine}, compute float32"
     assert_same_training(found, plain)
+
+
+# The files of the reference's low-VRAM training, as its documentation prints them.
+REFERENCE_YAML = """\
+compute_environment: LOCAL_MACHINE
+debug: true
+deepspeed_config:
+  deepspeed_config_file: examples/qwen_image/model_training/special/low_vram_training/ds_z3_cpuoffload.json
+  zero3_init_flag: true
+distributed_type: DEEPSPEED
+downcast_bf16: 'no'
+enable_cpu_affinity: false
+machine_rank: 0
+main_training_function: main
+num_machines: 1
+num_processes: 1
+rdzv_backend: static
+same_network: true
+tpu_env: []
+tpu_use_cluster: false
+tpu_use_sudo: false
+use_cpu: false
+"""
+REFERENCE_JSON = """\
+{
+  "fp16": {
+    "enabled": "auto",
+    "loss_scale": 0,
+    "loss_scale_window": 1000,
+    "initial_scale_power": 16,
+    "hysteresis": 2,
+    "min_loss_scale": 1
+  },
+  "bf16": {
+    "enabled": "auto"
+  },
+  "zero_optimization": {
+    "stage": 3,
+    "offload_optimizer": {
+      "device": "cpu",
+      "pin_memory": true
+    },
+    "offload_param": {
+      "device": "cpu",
+      "pin_memory": true
+    },
+    "overlap_comm": false,
+    "contiguous_gradients": true,
+    "sub_group_size": 1e9,
+    "reduce_bucket_size": 5e7,
+    "stage3_prefetch_bucket_size": 5e7,
+    "stage3_param_persistence_threshold": 1e5,
+    "stage3_max_live_parameters": 1e8,
+    "stage3_max_reuse_distance": 1e8,
+    "stage3_gather_16bit_weights_on_model_save": true
+  },
+  "activation_checkpointing": {
+    "partition_activations": false,
+    "cpu_checkpointing": false,
+    "contiguous_memory_optimization": false
+  },
+  "gradient_accumulation_steps": "auto",
+  "gradient_clipping": "auto",
+  "train_batch_size": "auto",
+  "train_micro_batch_size_per_gpu": "auto",
+  "wall_clock_breakdown": false
+}
+"""
+
+
+def test_the_references_own_files_run_as_they_stand_with_deepspeeds_checkpointing(parameters, plain, tmp_path):
+    folder = tmp_path / "examples" / "qwen_image" / "model_training" / "special" / "low_vram_training"
+    folder.mkdir(parents=True)
+    (folder / "deepspeed_zero3_cpuoffload.yaml").write_text(REFERENCE_YAML)
+    (folder / "ds_z3_cpuoffload.json").write_text(REFERENCE_JSON)
+    parameters |= {"use_gradient_checkpointing": True, "gradient_checkpointing_backend": "deepspeed"}
+    parameters |= {"initialize_model_on_cpu": True, "find_unused_parameters": True}
+    done = launch(folder / "deepspeed_zero3_cpuoffload.yaml", parameters, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = trained(parameters)
+    assert "DeepSpeedEngine, ZeRO stage 3, offload optimizer=cpu param=cpu" in found[2]["engine"]
+    assert_same_training(found, plain)
+
+
+def refusal(done):
+    """Return the one line of a run that was refused."""
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    return line
+
+
+def test_nvme_offload_without_the_extension_it_needs_is_refused(parameters):
+    import deepspeed
+
+    if deepspeed.ops.__compatible_ops__["async_io"]:
+        pytest.skip("DeepSpeed can build async_io here")
+    done = launch(DEPLOY / "accelerate" / "zero3_nvme_offload.yaml", parameters)
+    assert "zero3_nvme_offload.json: offloads to nvme, but DeepSpeed cannot build its async_io" in refusal(done)
+    assert not list(Path(parameters["output_path"]).glob("*"))
+
+
+@pytest.fixture(scope="module")
+def large_denoiser(tmp_path_factory):
+    """A denoiser of 600 MB in shards of at most 100 MB."""
+    from diffusers import QwenImageTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("large")
+    model = QwenImageTransformer2DModel(
+        num_layers=4, attention_head_dim=128, num_attention_heads=8, joint_attention_dim=512
+    )
+    model.save_pretrained(folder, max_shard_size="100MB")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_zero3_takes_weights_into_its_partitions_one_by_one(large_denoiser, tiny_repo, tmp_path, world_size):
+    """The peak is this rank's partitions, one file's mapped pages on the rank that reads, and one tensor.
+
+    60 MB are for what DeepSpeed and the C library keep beside that; loading whole before would take the model again.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", world_size]
+    command += ["--config_file", DEPLOY / "accelerate" / "zero3_cpu_offload.yaml", "--main_process_port", free_port()]
+    command += [Path(__file__).with_name("zero3_worker.py"), large_denoiser, tiny_repo / "transformer", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
+
+    shards = [path.stat().st_size for path in large_denoiser.glob("*.safetensors")]
+    assert sum(shards) > 500e6
+    largest_tensor = 4 * 3072 * 1024 * 4
+    for rank, report in enumerate(reports):
+        assert report["partition_bytes"] == pytest.approx(sum(shards) / world_size, rel=0.01)
+        reading = max(shards) if rank == 0 else 0
+        assert report["peak_bytes"] < report["partition_bytes"] + reading + largest_tensor + 60e6, report
+        assert report["torch.bfloat16"]
+        assert report["torch.float32"]
+        assert report["runs_per_block"] == 2
+
+    expected_loss, expected_norm = plain_step(tiny_repo)
+    for report in reports:
+        assert report["loss"] == pytest.approx(expected_loss, rel=1e-5)
+        assert report["grad_norm"] == pytest.approx(expected_norm, rel=1e-5)
+
+
+def plain_step(tiny_repo):
+    """Return loss and norm of the gradients of the worker's step, by plain torch."""
+    from diffusers import QwenImageTransformer2DModel
+
+    model = QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer").requires_grad_(False)
+    add_lora(model, FAMILY.lora_target_modules, 4, 0)
+    generator = torch.Generator().manual_seed(0)
+    velocity = model.train()(
+        hidden_states=torch.randn(1, 16, 64, generator=generator),
+        encoder_hidden_states=torch.randn(1, 5, 64, generator=generator),
+        timestep=torch.tensor([0.5]),
+        img_shapes=[[(1, 4, 4)]],
+        return_dict=False,
+    )[0]
+    loss = velocity.square().mean()
+    loss.backward()
+    return loss.item(), float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))

@@ -22,7 +22,7 @@ def config(values):
     return load_config(None, {"dataset_base_path": "data", **values})
 
 
-def loss_and_gradients(tiny_repo, values, between=lambda inputs: None):
+def loss_and_gradients(tiny_repo, values, between=lambda _: None):
     """Return the loss, the LoRA's gradients and how often a block ran; call ``between`` the passes on their inputs."""
     from diffusers import QwenImageTransformer2DModel
 
@@ -77,7 +77,7 @@ def test_it_changes_no_bit_and_runs_each_block_once_more(tiny_repo, values, runs
 class CopyElsewhere(torch.autograd.graph.saved_tensors_hooks):
     """What ``save_on_cpu`` is where there is a GPU; on a CPU it hands out the tensors themselves."""
 
-    def __init__(self, *, pin_memory):
+    def __init__(self, *, pin_memory):  # noqa: ARG002 - as its signature is
         super().__init__(torch.clone, lambda copy: copy)
 
 
