@@ -1,11 +1,13 @@
 """Every engine and every way to save memory against plain torch, on the tiny denoiser."""
 
+import dataclasses
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ import torch
 
 from cache_store.store import Cache, SealedSample
 from diffsynth_pipe.config import load_config
-from diffsynth_pipe.contracts import load_family
+from diffsynth_pipe.contracts import ComponentFiles, load_family
+from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.stages.train import train
+from diffsynth_pipe.training.engine import load_denoiser, load_device, start_accelerator
 from diffsynth_pipe.training.lora import add_lora
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -297,3 +301,65 @@ def plain_step(tiny_repo):
     loss = velocity.square().mean()
     loss.backward()
     return loss.item(), float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+
+
+def test_fp8_trains_close_to_full_precision_under_another_key(parameters, plain, tmp_path):
+    (file,) = json.loads(parameters["model_paths"])
+    held = parameters | {"fp8_models": file, "use_gradient_checkpointing": True}
+    train(load_config(None, held))
+    losses, lora, run = trained(held)
+    assert run["key"] != plain[2]["key"]
+    assert losses != plain[0]
+    np.testing.assert_allclose(losses, plain[0], rtol=5e-3)
+    assert {tensor.dtype for tensor in lora.values()} == {torch.float32}
+
+
+def test_fp8_trains_over_two_ranks(parameters, tmp_path):
+    (file,) = json.loads(parameters["model_paths"])
+    parameters |= {"fp8_models": file}
+    alone = parameters | {"output_path": str(tmp_path / "alone")}
+    train(load_config(None, alone))
+    done = launch(DEPLOY / "accelerate" / "ddp.yaml", parameters | {"batch_size": 1}, num_processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(trained(parameters), trained(alone))
+
+
+def test_fp8_of_a_model_that_zero3_partitions_is_refused(parameters):
+    (file,) = json.loads(parameters["model_paths"])
+    done = launch(DEPLOY / "accelerate" / "zero3_cpu_offload.yaml", parameters | {"fp8_models": file})
+    assert refusal(done) == (
+        "error: fp8_models: names the dit, but ZeRO-3 cannot partition weights in FP8; take another engine"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nvme_path": "/nvme"}, "nvme_path: only DeepSpeed offloads to it"),
+        (
+            {"use_gradient_checkpointing": True, "gradient_checkpointing_backend": "deepspeed"},
+            "gradient_checkpointing_backend: 'deepspeed' does not suit this run: it is without DeepSpeed",
+        ),
+    ],
+)
+def test_what_only_deepspeed_does_is_refused_without_it(parameters, values, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        train(load_config(None, parameters | values))
+    assert "\n" not in str(error.value)
+
+
+def test_fp8_of_a_model_that_is_trained_in_full_is_refused(parameters):
+    config = load_config(None, parameters).model_copy(update={"trainable_models": "dit"})
+    files = ComponentFiles(weights=(), folder=Path(), fp8=True)
+    accelerator = start_accelerator(config)
+    with pytest.raises(ConfigError, match="fp8_models: names the dit, which trainable_models trains in full"):
+        load_denoiser(accelerator, FAMILY.components["dit"], files, config)
+
+
+def test_weights_go_to_the_cpu_first_where_they_must(parameters):
+    config, files = load_config(None, parameters), ComponentFiles(weights=(), folder=Path())
+    gpu = SimpleNamespace(device=torch.device("cuda", 1))
+    on_cpu = config.model_copy(update={"initialize_model_on_cpu": True})
+    assert load_device(gpu, files, config) == gpu.device
+    assert load_device(gpu, files, on_cpu) == torch.device("cpu")
+    assert load_device(gpu, dataclasses.replace(files, fp8=True), config) == torch.device("cpu")
