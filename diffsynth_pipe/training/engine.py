@@ -176,7 +176,7 @@ def set_find_unused_parameters(accelerator: Accelerator, model: Module, first_lo
     if _asked_for_deepspeed() or accelerator.num_processes == 1 or handler.find_unused_parameters:
         return
     model.to(accelerator.device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.autograd.backward(first_loss())
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     unused = [name for name, parameter in trainable.items() if parameter.grad is None]

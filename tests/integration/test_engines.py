@@ -39,8 +39,11 @@ def _fresh_accelerate(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):
-    """A sealed cache of four random samples with prompts of different lengths."""
-    root = tmp_path_factory.mktemp("cache")
+    return write_cache(tmp_path_factory.mktemp("cache"))
+
+
+def write_cache(root):
+    """Write a sealed cache of four random samples with prompts of different lengths."""
     rng = np.random.default_rng(0)
     specs = {unit.name: unit.outputs for unit in FAMILY.units}
     cache, samples = Cache.open_or_new(root), []
