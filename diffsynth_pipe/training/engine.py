@@ -200,15 +200,17 @@ def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        # DeepSpeed casts the parameters of a model that it partitions; of one that came partitioned it takes the others
-        # as they are, and stops at two dtypes.
+        # DeepSpeed casts and moves a model that it partitions, but not what comes beside partitions that are there.
         for parameter in trainable:
             parameter.data = parameter.data.to(compute_dtype())
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(accelerator.device)
     optimizer = make_optimizer(config, trainable)
     if accelerator.num_processes > 1 and not _asked_for_deepspeed():
         # DDP would send the whole base from rank 0, which all ranks have read; and gloo cannot send FP8.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(model, frozen)
     model, optimizer = accelerator.prepare(model, optimizer)
     engine = _describe_engine(model)
     dtype = compute_dtype()
