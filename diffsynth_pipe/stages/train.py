@@ -118,7 +118,7 @@ def _train(
     held: contextlib.ExitStack,
 ) -> StageResult:
     from diffsynth_pipe.training import engine as engines
-    from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function
+    from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function, enable
     from diffsynth_pipe.training.loop import Loop
     from diffsynth_pipe.training.lora_file import resolution_of
     from diffsynth_pipe.training.loss_module import LossModule
@@ -161,7 +161,8 @@ def _train(
     }
     outputs = _make_trainable(config, family, components, files, lineage, resolution_of(source.bucket_sizes))
     if recompute is not None:
-        components["dit"].enable_gradient_checkpointing(recompute)
+        for component in components.values():
+            enable(module_of(component), recompute)
     model = LossModule(family, load_task(config.task_name), components, split)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if resume:

@@ -176,7 +176,7 @@ def set_find_unused_parameters(accelerator: Accelerator, model: Module, first_lo
     if _asked_for_deepspeed() or accelerator.num_processes == 1 or handler.find_unused_parameters:
         return
     model.to(accelerator.device)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([accelerator.device] if accelerator.device.type == "cuda" else []):
         torch.autograd.backward(first_loss())
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     unused = [name for name, parameter in trainable.items() if parameter.grad is None]
@@ -200,15 +200,17 @@ def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        # DeepSpeed casts the parameters of a model that it partitions; of one that came partitioned it takes the others
-        # as they are, and stops at two dtypes.
+        # DeepSpeed casts and moves a model that it partitions, but not what comes beside partitions that are there.
         for parameter in trainable:
             parameter.data = parameter.data.to(compute_dtype())
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(accelerator.device)
     optimizer = make_optimizer(config, trainable)
     if accelerator.num_processes > 1 and not _asked_for_deepspeed():
         # DDP would send the whole base from rank 0, which all ranks have read; and gloo cannot send FP8.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
+        ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(model, frozen)
     model, optimizer = accelerator.prepare(model, optimizer)
     engine = _describe_engine(model)
     dtype = compute_dtype()

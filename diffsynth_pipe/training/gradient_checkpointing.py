@@ -27,7 +27,7 @@ DEEPSPEED_SETTINGS = {
 
 
 def checkpoint_function(config: RunConfig, deepspeed_settings: Mapping[str, Any] | None) -> Callable[..., Any] | None:
-    """Return what a model is to call its blocks by, as ``enable_gradient_checkpointing`` of diffusers takes it.
+    """Return what a model is to call its blocks by.
 
     Args:
         config: The run.
@@ -45,6 +45,15 @@ def checkpoint_function(config: RunConfig, deepspeed_settings: Mapping[str, Any]
     if config.use_gradient_checkpointing_offload:
         return _with_inputs_on_cpu
     return _by_torch if config.use_gradient_checkpointing else None
+
+
+def enable(model: Any, recompute: Callable[..., Any]) -> None:
+    """Make a model of diffusers or transformers call its blocks by ``recompute`` where gradients are recorded."""
+    if hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing(recompute)
+    else:
+        # What gradient_checkpointing_enable of transformers does, which takes no function; it acts in training mode.
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recompute)
 
 
 def _configure_deepspeed(settings: Mapping[str, Any] | None) -> None:

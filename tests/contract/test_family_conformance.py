@@ -105,7 +105,10 @@ def tiny(request, tmp_path_factory) -> Tiny:
 
 def modules_of(component: Any) -> list[torch.nn.Module]:
     """Return the modules of a component: itself, or those in a family's bundle."""
-    parts = vars(component).values() if not dataclasses.is_dataclass(component) else dataclasses.astuple(component)
+    # Not by astuple, which copies them.
+    is_bundle = dataclasses.is_dataclass(component)
+    names = [field.name for field in dataclasses.fields(component)] if is_bundle else list(vars(component))
+    parts = [getattr(component, name) for name in names]
     return [part for part in (component, *parts) if isinstance(part, torch.nn.Module)]
 
 
@@ -156,6 +159,27 @@ def test_components_load_frozen_in_eval_mode_and_in_the_asked_dtype(tiny):
             assert not any(part.training for part in module.modules())
             assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
             assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_encoders_in_fp8_encode_as_weights_that_were_rounded(tiny):
+    held, rounded = {}, {}
+    for name in {unit.component for unit in tiny.family.units if unit.component}:
+        files, spec = component_files(tiny.family, tiny.repo, name), tiny.family.components[name]
+        held[name] = spec.load(dataclasses.replace(files, fp8=True), torch.float32, CPU)
+        rounded[name] = spec.load(files, torch.float32, CPU)
+        stored = num_stored = 0
+        for module, plain in zip(modules_of(held[name]), modules_of(rounded[name]), strict=True):
+            for parameter, other in zip(module.parameters(), plain.parameters(), strict=True):
+                num_stored += parameter.numel()
+                if parameter.dtype == torch.float8_e4m3fn:
+                    stored += parameter.numel()
+                    other.data = other.data.to(torch.float8_e4m3fn).float()
+        assert stored > num_stored / 2, name
+    found, expected = (encode(tiny.family, parts, PROMPTS[1], random_image(1)) for parts in (held, rounded))
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
+        assert not torch.equal(value, tiny.records[1][name]), name
+        torch.testing.assert_close(value, tiny.records[1][name].reshape_as(value), rtol=0.2, atol=0.2)
 
 
 def test_units_form_a_graph_over_the_metadata_columns(tiny):

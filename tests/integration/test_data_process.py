@@ -267,3 +267,12 @@ def test_the_demo_cache_is_little_more_than_its_tensors(run_config):
     latents_bytes = sum(2 * 16 * int(height) * int(width) // 64 * count for (height, width), count in sizes)
     assert 0 < summary["payload_bytes"] - latents_bytes < 17 * 2 * 64 * 100
     assert summary["disk_bytes"] <= 1.05 * summary["payload_bytes"]
+
+
+def test_an_encoder_in_fp8_makes_records_of_its_own_and_leaves_the_others(run_config, model_ids):
+    data_process(run_config())
+    held = run_config(fp8_models=model_ids("text_encoder"))
+    result = data_process(held)
+    assert result.summary["encoded"] == {"text": 5}
+    assert data_process(run_config()).summary["encoded"] == {}
+    assert data_process(held).summary["encoded"] == {}

@@ -8,7 +8,7 @@ import torch
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import load_family
 from diffsynth_pipe.errors import ConfigError
-from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function
+from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function, enable
 from diffsynth_pipe.training.lora import LoraSettings, add_lora
 
 FAMILY = load_family("qwen_image")
@@ -36,7 +36,7 @@ def loss_and_gradients(tiny_repo, values, between=lambda _: None):
                 parameter.normal_(std=0.1, generator=generator)
     recompute = checkpoint_function(config(values), None)
     if recompute is not None:
-        model.enable_gradient_checkpointing(recompute)
+        enable(model, recompute)
     inputs = []
     for block in model.transformer_blocks:
         block.register_forward_pre_hook(
@@ -72,6 +72,27 @@ def test_it_changes_no_bit_and_runs_each_block_once_more(tiny_repo, values, runs
     assert again[0] == loss
     assert same(again[1], gradients)
     assert again[2] == runs
+
+
+@pytest.mark.parametrize("values", [TORCH, OFFLOAD])
+def test_a_text_encoder_is_recomputed_too(tiny_repo, values):
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    def gradients(recompute):
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_repo / "text_encoder").train()
+        if recompute is not None:
+            enable(model, recompute)
+        layers, runs = model.model.language_model.layers, []
+        for layer in layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+        model.model(input_ids=torch.tensor([[5, 7, 9]])).last_hidden_state.square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, len(runs) / len(layers)
+
+    plain, once = gradients(None)
+    again, twice = gradients(checkpoint_function(config(values), None))
+    assert len(plain) > 20
+    assert same(plain, again)
+    assert (once, twice) == (1, 2)
 
 
 class CopyElsewhere(torch.autograd.graph.saved_tensors_hooks):

@@ -77,6 +77,30 @@ def test_by_path_gives_the_same_files(repo):
     assert by_path == resolve(*FAMILY.components, model_id_with_origin_paths=BY_ID)
 
 
+SHARDED = [f"models/org/model/transformer/{shard}" for shard in SHARDS]
+VAE_ID = "org/model:vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("fp8_models", "held"),
+    [(VAE_ID, {"vae"}), (json.dumps([SHARDED]), {"dit"}), (json.dumps([SHARDED, VAE_ID]), {"dit", "vae"})],
+)
+def test_fp8_models_repeats_entries(repo, fp8_models, held):
+    ids = f"{VAE_ID},org/model:text_encoder/model*.safetensors"
+    parameters = {"model_paths": json.dumps([SHARDED]), "model_id_with_origin_paths": ids}
+    found = resolve(*FAMILY.components, **parameters, fp8_models=fp8_models)
+    assert {name for name, files in found.items() if files.fp8} == held
+
+
+@pytest.mark.parametrize("fp8_models", ["dit", "org/model:vae/*", json.dumps([SHARDED[:2]]), SHARDED[0]])
+def test_fp8_models_that_is_no_entry_is_refused(repo, fp8_models):
+    with pytest.raises(
+        ConfigError, match=r"^fp8_models: .* is no entry of the models; they are .*transformer"
+    ) as error:
+        resolve("dit", model_paths=json.dumps([SHARDED]), fp8_models=fp8_models)
+    assert "\n" not in str(error.value)
+
+
 def test_both_ways_can_be_mixed_and_an_existing_path_wins(repo):
     path = "models/org/model/vae/diffusion_pytorch_model.safetensors"
     found = resolve("dit", "vae", model_paths=[path], model_id_with_origin_paths=BY_ID.partition(",")[0])
