@@ -28,18 +28,22 @@ BY_ID = (
 SHARDS = [f"diffusion_pytorch_model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 
-def write(path, content=""):
+EMPTY = (2).to_bytes(8, "little") + b"{}"
+"""A safetensors file without a tensor."""
+
+
+def write(path, content=EMPTY):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
 
 
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
-    """A repository of files without weights in them: they are found, never opened."""
+    """A repository of files without weights in them: only their headers are read."""
     repo = tmp_path / "models" / "org" / "model"
     write(repo / "text_encoder/config.json", {"architectures": ["TextModel"]})
     write(repo / "text_encoder/model.safetensors")
-    write(repo / "tokenizer/vocab.json")
+    write(repo / "tokenizer/vocab.json", {})
     write(repo / "vae/config.json", {"_class_name": "Autoencoder"})
     write(repo / "vae/diffusion_pytorch_model.safetensors")
     write(repo / "transformer/config.json", {"_class_name": "Denoiser"})
@@ -180,7 +184,7 @@ def test_the_wrong_class(repo):
         resolve("vae", model_id_with_origin_paths=BY_ID)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "holds a list"), ("{}", "holds a ''")])
+@pytest.mark.parametrize(("content", "message"), [(b"{", "is damaged"), (b"[]", "holds a list"), (b"{}", "holds a ''")])
 def test_a_broken_config(repo, content, message):
     write(repo / "vae/config.json", content)
     with pytest.raises(ModelError, match=message):
