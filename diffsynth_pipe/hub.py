@@ -78,7 +78,8 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
         ModelError: The files are not one whole model of the right class.
     """
     all_entries = _entries(config)
-    fp8_entries = _fp8_entries(config, all_entries)
+    fp8_entries = _repeated("fp8_models", config.fp8_models, all_entries)
+    _repeated("offload_models", config.offload_models, all_entries)
     subfolders = {spec.subfolder: name for name, spec in family.components.items()}
     named: dict[str, list[_Entry]] = {name: [] for name in family.components}
     strays: list[_Entry] = []
@@ -113,16 +114,16 @@ def _entries(config: RunConfig) -> list[_Entry]:
     return entries + [_Entry(text=text) for text in texts if text]
 
 
-def _fp8_entries(config: RunConfig, entries: list[_Entry]) -> list[_Entry]:
-    """Return the entries that ``fp8_models`` repeats."""
+def _repeated(name: str, items: list[str | list[str]] | None, entries: list[_Entry]) -> list[_Entry]:
+    """Return the entries that a parameter repeats."""
     found = []
-    for item in config.fp8_models or []:
+    for item in items or []:
         texts = [item] if isinstance(item, str) else item
         files = tuple(Path(text).absolute() for text in texts)
         same = [entry for entry in entries if (entry.files == files if entry.files else [entry.text] == texts)]
         if not same:
             known = ", ".join(repr(entry.text) for entry in entries)
-            raise ConfigError(f"fp8_models: {item!r} is no entry of the models; they are {known}")
+            raise ConfigError(f"{name}: {item!r} is no entry of the models; they are {known}")
         found += same
     return found
 

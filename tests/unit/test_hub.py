@@ -82,6 +82,10 @@ def test_by_path_gives_the_same_files(repo):
 
 
 def test_both_ways_can_be_mixed_and_an_existing_path_wins(repo):
+    shards = [[f"models/org/model/transformer/{shard}" for shard in SHARDS]]
+    text_encoder = BY_ID.split(",")[1]
+    found = resolve("text_encoder", "dit", model_paths=json.dumps(shards), model_id_with_origin_paths=text_encoder)
+    assert found == resolve("text_encoder", "dit", model_id_with_origin_paths=BY_ID)
     path = "models/org/model/vae/diffusion_pytorch_model.safetensors"
     found = resolve("dit", "vae", model_paths=[path], model_id_with_origin_paths=BY_ID.partition(",")[0])
     assert set(found) == {"dit", "vae"}
@@ -90,6 +94,18 @@ def test_both_ways_can_be_mixed_and_an_existing_path_wins(repo):
     (repo / "vae").rename(odd)
     file = odd / "diffusion_pytorch_model.safetensors"
     assert resolve("vae", model_id_with_origin_paths=str(file))["vae"].weights == (file,)
+
+
+def test_offload_models_names_model_entries_and_changes_nothing(repo):
+    first, second, _ = BY_ID.split(",")
+    shards = [f"models/org/model/transformer/{shard}" for shard in SHARDS]
+    models = {"model_paths": [shards], "model_id_with_origin_paths": second}
+    found = resolve("dit", "text_encoder", offload_models=json.dumps([shards, second]), **models)
+    assert found == resolve("dit", "text_encoder", **models)
+    with pytest.raises(
+        ConfigError, match=r"offload_models: 'org/model:transformer/.*' is no entry of the models; they"
+    ):
+        resolve("dit", offload_models=f"{second},{first}", **models)
 
 
 def test_the_default_place_is_models(repo, monkeypatch):
