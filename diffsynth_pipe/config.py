@@ -108,7 +108,13 @@ class RunConfig(BaseModel):
         "Entries of these two parameters, as for fp8_models: models that the reference builds without weights. Checked,"
         " and no more: here a stage never loads a model that it does not run.",
     )
-    resume_from_checkpoint: str | None = _planned("model loading", "weights", None, "Weights to start training from.")
+    resume_from_checkpoint: str | None = _setting(
+        "model loading",
+        "nothing",
+        None,
+        "Denoiser to start from, as full training saves it: a .safetensors file or a folder of shards with their index."
+        " Weights only; the step counts from 0.",
+    )
     quant_options: str | None = _planned("model loading", "weights", None, "Quantisation, model:method[/excluded].")
 
     learning_rate: Positive = _setting(

@@ -19,6 +19,7 @@ from diffsynth_pipe.fingerprint import component_digest, json_digest, record_key
 from diffsynth_pipe.graph import Cut, cut
 from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.training.run_dir import resumable
+from diffsynth_pipe.training.weights import checkpoint_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -245,6 +246,7 @@ def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
             "parameters": config.keyed("weights"),
             "samples": data_digest,
             "base_models": {name: component_digest(files) for name, files in base.items()},
+            **initial_weights(config),
         }
     )
     run_dir = Path(config.output_path) / f"train-{key[:12]}"
@@ -257,6 +259,12 @@ def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
         return StagePlan(stage="train", verdict="resume", key=key, path=run_dir, why=why)
     why = "stopped before its first checkpoint" if run_dir.exists() else "not trained yet"
     return StagePlan(stage="train", verdict="build", key=key, path=run_dir, why=why)
+
+
+def initial_weights(config: RunConfig) -> dict[str, str]:
+    """Return the digest of ``resume_from_checkpoint``, by the name it has in a training's key and lineage, if any."""
+    path = config.resume_from_checkpoint
+    return {} if path is None else {"initial_weights_digest": checkpoint_digest(Path(path))}
 
 
 def read_run(run_dir: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.stages.plan import (
     STATE_OF_VERDICT,
     StageResult,
+    initial_weights,
     latest_snapshot,
     models_after_cut,
     plan_cut,
@@ -118,6 +119,7 @@ def _train(
     from diffsynth_pipe.training.loss_module import LossModule
     from diffsynth_pipe.training.sources import hold_out
     from diffsynth_pipe.training.state import WEIGHTS, load_weights
+    from diffsynth_pipe.training.weights import load_checkpoint
 
     # Refused before a model is loaded.
     train_source, bank = (
@@ -129,6 +131,7 @@ def _train(
         # The first rank digests the weights; the others find the digests it stored.
         plan = plan_train(config, source.digest)
         digests = {name: component_digest(component) for name, component in files.items()}
+        initial = initial_weights(config)
     run_dir = plan.path
     assert isinstance(run_dir, Path)
     if plan.verdict == "hit":
@@ -147,11 +150,15 @@ def _train(
         name: engines.load_component(accelerator, name, family.components[name], component, config)
         for name, component in files.items()
     }
+    if config.resume_from_checkpoint is not None:
+        prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
+        load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)
     lineage = {
         "version": version("diffsynth-pipe"),
         "config_digest": json_digest(config.keyed("weights")),
         "samples_digest": source.digest,
         "base_model_digest": digests["dit"],
+        **initial,
         "seed": config.seed,
     }
     outputs = _make_trainable(config, family, components, files, lineage)

@@ -110,6 +110,7 @@ OTHER_VALUES = {
     "model_id_with_origin_paths": ("a/b:c*", "a/b:c*", "nothing"),
     "fp8_models": ('["a/b:c*", ["d", "e"]]', ["a/b:c*", ["d", "e"]], "nothing"),
     "offload_models": ("a, b:c*", ["a", "b:c*"], "nothing"),
+    "resume_from_checkpoint": ("a.safetensors", "a.safetensors", "nothing"),
     "learning_rate": ("1e-5", 1e-5, "weights"),
     "num_epochs": ("2", 2, "weights"),
     "trainable_models": ("text_encoder", "text_encoder", "weights"),
