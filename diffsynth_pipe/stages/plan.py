@@ -204,10 +204,14 @@ def plan_data_process(config: RunConfig, encoding: EncodePlan | None = None) -> 
 
 
 def _verdict_of_snapshot(cache: Cache, digest: str, counts: str) -> tuple[Verdict, str]:
+    from cache_store.snapshot import read_seal
+
     try:
         snapshot = cache.latest()
         if snapshot is None or snapshot.header["digest"] != digest:
             return "resume", f"all records on disk ({counts}), to be sealed"
+        if read_seal(cache.root, snapshot.number) is None:
+            return "resume", f"snapshot {snapshot.number} lacks its seal"
         snapshot.check_files()
     except (CacheCorrupt, CacheNotFound) as error:
         return "resume", str(error)
