@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -240,6 +241,15 @@ def test_only_what_the_patterns_name_is_fetched_and_loads(hub, resolve, models, 
 
     assert resolve("dit", DIT) == found
     assert (hub.requests, hub.listings) == ([], 0), "all is here and whole"
+
+
+def test_two_ranks_that_start_at_once_fetch_each_file_once(hub, resolve, models, dit_files):
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: resolve("dit", DIT), range(2))
+    assert first == second
+    assert "weights" in first
+    assert models() == hub.requested() == dit_files
+    assert len(hub.requests) == len(dit_files)
 
 
 def test_a_download_that_was_cut_off_is_resumed(hub, resolve, models, dit_files, shard):
