@@ -194,6 +194,7 @@ def _train(
         "files": list(result.files),
         "lora_path": next((file for file in result.files if file.endswith("_lora.safetensors")), None),
         **_base_model(files["dit"]),
+        "initial_weights": config.resume_from_checkpoint and str(Path(config.resume_from_checkpoint).resolve()),
         "engine": engine.description,
         "world_size": accelerator.num_processes,
         "elapsed_s": round(time.perf_counter() - begin, 3),

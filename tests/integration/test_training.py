@@ -130,6 +130,8 @@ def test_training_starts_from_a_checkpoint(parameters, cache_dir, tiny_repo, tmp
     """It trains as on a repository with those weights; its key and its LoRA name the checkpoint."""
     from diffusers import QwenImageTransformer2DModel
 
+    from flows.report import closing_lines
+
     model = QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -144,6 +146,7 @@ def test_training_starts_from_a_checkpoint(parameters, cache_dir, tiny_repo, tmp
     expected = train(load_config(None, parameters | {"model_paths": json.dumps([str(file)])}))
     assert metrics(resumed.path)[0][0]["loss"] == metrics(expected.path)[0][0]["loss"]
     assert resumed.summary["loss_after"] == expected.summary["loss_after"]
+    assert f"  # with the denoiser's weights from {checkpoint}" in "\n".join(closing_lines([resumed]))
     assert resumed.key not in (expected.key, plan_train(load_config(None, parameters)).key)
     with safe_open(resumed.path / resumed.summary["lora_path"], framework="pt") as lora:
         assert json.loads(lora.metadata()["diffsynth_pipe"])["initial_weights_digest"] == checkpoint_digest(checkpoint)
