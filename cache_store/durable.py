@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import secrets
 import shutil
@@ -165,11 +166,33 @@ def replace_file(path: Root, data: bytes, scratch: Root) -> None:
 
 def scratch_folder(scratch: Root, name: str) -> Path:
     """Make a new folder for what is unfinished: in a cache's own scratch folder, or near its writer if it is remote."""
-    if isinstance(scratch, ObjectPath):
-        return Path(tempfile.mkdtemp(prefix=f"{name}-"))
-    folder = scratch / name
+    folder = (_local_scratch() if isinstance(scratch, ObjectPath) else scratch) / name
     folder.mkdir()
     return folder
+
+
+def _local_scratch() -> Path:
+    """Return this process's own folder on this machine's disk, for parts of caches in object stores."""
+    folder, _ = _lock_scratch(Path(tempfile.gettempdir()) / f"diffsynth-pipe-{os.getuid()}")
+    return folder
+
+
+@functools.cache
+def _lock_scratch(base: Path) -> tuple[Path, FolderLock]:
+    """Delete the folders of processes that ended; make one that is locked while this process lives."""
+    base.mkdir(mode=0o700, exist_ok=True)
+    if base.is_symlink() or base.stat().st_uid != os.getuid():
+        raise CacheError(f"{base} belongs to another user; set TMPDIR to a folder of your own")
+    for folder in base.iterdir():
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), FolderLock(folder) as abandoned:
+            if abandoned.try_exclude():
+                shutil.rmtree(folder, ignore_errors=True)
+    while True:
+        own = Path(tempfile.mkdtemp(dir=base))
+        with contextlib.suppress(FileNotFoundError):  # another process took it for abandoned before it was locked
+            lock = FolderLock(own)
+            if own.exists():
+                return own, lock
 
 
 def publish_folder(unfinished: Path, published: Root) -> None:
@@ -204,7 +227,7 @@ def local_folder(folder: Root) -> Iterator[Path]:
     if isinstance(folder, Path):
         yield folder
         return
-    with tempfile.TemporaryDirectory() as copy:
+    with tempfile.TemporaryDirectory(dir=_local_scratch()) as copy:
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
             list(pool.map(lambda name: (folder / name).download(Path(copy) / name), folder.sizes()))
         yield Path(copy)

@@ -169,15 +169,20 @@ class ObjectPath:
 
         Args:
             data: Its bytes, or the file that holds them.
-            create: Only if there is none.
+            create: Only if there is none, or one of the same bytes: of a request that is made again, since its answer
+                was lost, the first may have been heard.
 
         Raises:
-            FileExistsError: There is one.
+            FileExistsError: There is another one.
         """
         # a condition binds one request, not the parts of several
         options: dict[str, Any] = {"mode": "create", "use_multipart": False} if create else {}
-        with self._errors():
-            self._store.put(str(self._key), data, **options)
+        try:
+            with self._errors():
+                self._store.put(str(self._key), data, **options)
+        except FileExistsError:
+            if self.read_bytes() != (data if isinstance(data, bytes) else data.read_bytes()):
+                raise
 
     def unlink(self, *, missing_ok: bool = False) -> None:
         """Delete an object."""

@@ -16,9 +16,11 @@ from cache_store.snapshot import (
     Snapshot,
     latest_number,
     publish,
+    read_seal,
     refuse_newer_snapshots,
     samples_digest,
     tabulate,
+    write_seal,
 )
 from cache_store.writer import Writer
 
@@ -111,7 +113,8 @@ class Cache:
     ) -> Snapshot:
         """Publish a snapshot of these samples, in this order.
 
-        If the newest snapshot lists the same samples and reads the same files, it is returned, whatever its header.
+        If the newest snapshot lists the same samples and reads the same files, it is returned, whatever its header. If
+        its sealer was killed before it had vouched for it, that is done now.
 
         Args:
             samples: Their records must be committed; of records committed twice the last counts.
@@ -127,7 +130,11 @@ class Cache:
             while True:
                 parent = latest_number(self.root)
                 is_overtaken = instead_of is not None and parent != instead_of
-                if parent is not None and (is_overtaken or self._has_columns(parent, columns)):
+                if parent is not None and is_overtaken:
+                    return self.snapshot(parent)
+                if parent is not None and self._has_columns(parent, columns):
+                    if read_seal(self.root, parent) is None:
+                        write_seal(self.root, parent)
                     return self.snapshot(parent)
                 number = 1 if parent is None else parent + 1
                 now = datetime.now(UTC).isoformat(timespec="seconds")

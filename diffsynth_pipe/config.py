@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from cache_store.durable import replace_file
 from cache_store.object_path import SCHEME, root_of
@@ -101,8 +102,20 @@ class RunConfig(BaseModel):
         " float8_e4m3fn, half of bfloat16, and cast layer by layer to compute. Training needs"
         " use_gradient_checkpointing to keep that gain.",
     )
-    offload_models: str | None = _planned("model loading", "nothing", None, "Models that exist without their weights.")
-    resume_from_checkpoint: str | None = _planned("model loading", "weights", None, "Weights to start training from.")
+    offload_models: list[str | list[str]] | None = _setting(
+        "model loading",
+        "nothing",
+        None,
+        "Entries of these two parameters, as for fp8_models: models that the reference builds without weights. Checked,"
+        " and no more: here a stage never loads a model that it does not run.",
+    )
+    resume_from_checkpoint: str | None = _setting(
+        "model loading",
+        "nothing",
+        None,
+        "Denoiser to start from, as full training saves it: a .safetensors file or a folder of shards with their index."
+        " Weights only; the step counts from 0.",
+    )
     quant_options: str | None = _planned("model loading", "weights", None, "Quantisation, model:method[/excluded].")
 
     learning_rate: Positive = _setting(
@@ -432,10 +445,9 @@ class RunConfig(BaseModel):
         try:
             return json.loads(value)
         except json.JSONDecodeError as error:
-            message = f"must be a JSON list of paths and lists of paths ({error})"
-            raise ValueError(message) from error
+            raise PydanticCustomError("malformed_json", "{message}", {"message": _json_fault(error)}) from error
 
-    @field_validator("fp8_models", mode="before")
+    @field_validator("fp8_models", "offload_models", mode="before")
     @classmethod
     def _parse_entries(cls, value: Any) -> Any:
         if isinstance(value, str) and not value.lstrip().startswith("["):
@@ -650,8 +662,19 @@ def _one_line(name: str, source: str, detail: ErrorDetails) -> str:
     text = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
     if not name:
         return text
+    if detail["type"] == "malformed_json":
+        return f"{name}{source}: {text}"
     text = text.replace("Input should be", "must be")
     return f"{name}{source}: {text}, got {detail['input']!r}"
+
+
+def _json_fault(error: json.JSONDecodeError) -> str:
+    """Point at the character where JSON goes wrong."""
+    before, after = (" ".join(text.split()) for text in (error.doc[: error.pos], error.doc[error.pos :]))
+    place = f"{error.msg} in line {error.lineno}, column {error.colno}: {before[-30:]} >>> {after[:20]}"
+    # Python 3.11 and 3.12 point behind the comma, later ones at it.
+    trailing = re.match(r"\s*[\]}]", after.removeprefix(",")) and (before.endswith(",") or after.startswith(","))
+    return f"is not JSON: {place}" + ("; remove the comma before the bracket" if trailing else "")
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,10 +1,17 @@
-"""Model ids and paths -> local files of the components that a stage needs (ModelScope, Hugging Face, local)."""
+"""Model ids and paths -> local files of the components that a stage needs (ModelScope, Hugging Face, local).
+
+A component whose files are all here and whole is used without a request; the reference asks the hub each time. Whole
+means: JSON parses, and each safetensors file is as long as its header says. What is downloaded is compared with the
+hub's sha256; a bit that flips on the disk later is not noticed here.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +26,9 @@ if TYPE_CHECKING:
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call a component's weights; ``from_pretrained`` reads no others from its folder."""
+SHARD_STEM = re.compile(r"-\d+-of-\d+$")
+UNFINISHED = ".unfinished_download"
+"""Lies beside the weights while a download runs: what was cut off may lack files that nothing else would miss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +78,8 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
         ModelError: The files are not one whole model of the right class.
     """
     all_entries = _entries(config)
-    fp8_entries = _fp8_entries(config, all_entries)
+    fp8_entries = _repeated("fp8_models", config.fp8_models, all_entries)
+    _repeated("offload_models", config.offload_models, all_entries)
     subfolders = {spec.subfolder: name for name, spec in family.components.items()}
     named: dict[str, list[_Entry]] = {name: [] for name in family.components}
     strays: list[_Entry] = []
@@ -103,16 +114,16 @@ def _entries(config: RunConfig) -> list[_Entry]:
     return entries + [_Entry(text=text) for text in texts if text]
 
 
-def _fp8_entries(config: RunConfig, entries: list[_Entry]) -> list[_Entry]:
-    """Return the entries that ``fp8_models`` repeats."""
+def _repeated(name: str, items: list[str | list[str]] | None, entries: list[_Entry]) -> list[_Entry]:
+    """Return the entries that a parameter repeats."""
     found = []
-    for item in config.fp8_models or []:
+    for item in items or []:
         texts = [item] if isinstance(item, str) else item
         files = tuple(Path(text).absolute() for text in texts)
         same = [entry for entry in entries if (entry.files == files if entry.files else [entry.text] == texts)]
         if not same:
             known = ", ".join(repr(entry.text) for entry in entries)
-            raise ConfigError(f"fp8_models: {item!r} is no entry of the models; they are {known}")
+            raise ConfigError(f"{name}: {item!r} is no entry of the models; they are {known}")
         found += same
     return found
 
@@ -155,6 +166,8 @@ def _component_files(source: _Source, spec: ComponentSpec, tokenizer_path: str |
     companions = {name: source.folder.parent / name for name in spec.companions}
     if tokenizer_path and "tokenizer" in companions:
         companions["tokenizer"] = Path(tokenizer_path).absolute()
+        if not companions["tokenizer"].is_dir():
+            raise ModelFileMissing(f"tokenizer_path: {companions['tokenizer']} does not exist; correct the path")
     _fetch(source, companions)
     weights = source.weights()
     shards = _indexed_shards(weights)
@@ -174,27 +187,25 @@ def _component_files(source: _Source, spec: ComponentSpec, tokenizer_path: str |
 
 
 def _fetch(source: _Source, companions: Mapping[str, Path]) -> None:
-    """Download what is missing of a source.
+    """Download a source unless it is here and whole.
 
     Raises:
-        ModelFileMissing: It is still missing.
+        ModelFileMissing: It still is not.
     """
-    missing = _missing(source, companions)
-    if missing and source.model_id:
+    problem = _problem(source, companions)
+    if problem and source.model_id:
         if os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in {"1", "true", "yes", "on"}:
             raise ModelFileMissing(
-                f"{source.text}: {missing}; put it there, or unset DIFFSYNTH_SKIP_DOWNLOAD to download it"
+                f"{source.text}: {problem}; put it there, or unset DIFFSYNTH_SKIP_DOWNLOAD to download it"
             )
-        beside = source.pattern.parent.parent
-        siblings = [f"{beside / name}/*" for name, path in companions.items() if path == source.folder.parent / name]
-        _download(source, [str(source.pattern), str(source.pattern.parent / "*.json"), *siblings])
-        missing = _missing(source, companions)
-    if missing:
-        raise ModelFileMissing(f"{source.text}: {missing}; correct the path or the pattern")
+        _download(source, companions)
+        problem = _problem(source, companions)
+    if problem:
+        raise ModelFileMissing(f"{source.text}: {problem}; correct the path or the pattern, or copy the file again")
 
 
-def _missing(source: _Source, companions: Mapping[str, Path]) -> str | None:
-    """Say what a source lacks, or return None if it is whole."""
+def _problem(source: _Source, companions: Mapping[str, Path]) -> str | None:
+    """Say what a source lacks or which of its files is damaged, or return None if it is whole."""
     absent = [file for file in source.files if not file.is_file()]
     if absent:
         return f"{absent[0]} does not exist"
@@ -203,12 +214,37 @@ def _missing(source: _Source, companions: Mapping[str, Path]) -> str | None:
         return f"no .safetensors file matches {source.pattern.name or source.text!r} in {source.folder}"
     if not (source.folder / "config.json").is_file():
         return f"{source.folder / 'config.json'} does not exist"
+    absent = [folder for folder in companions.values() if not folder.is_dir()]
+    if absent:
+        return f"{absent[0]} does not exist"
+    if source.model_id and (source.folder / UNFINISHED).exists():
+        marker = source.folder / UNFINISHED
+        return f"an earlier download was cut off (if you completed it by hand, delete {marker})"
+    texts = [file for folder in (source.folder, *companions.values()) for file in sorted(folder.glob("*.json"))]
+    if broken := next(filter(None, map(_damage, texts)), None):
+        return broken
     shards = _indexed_shards(weights)
-    if not shards and len(weights) > 1:
+    if not shards and (len(weights) > 1 or SHARD_STEM.search(weights[0].stem)):
         return f"{len(weights)} files match in {source.folder}, but no *.safetensors.index.json ties them together"
     absent = [source.folder / shard for shard in sorted(shards) if not (source.folder / shard).is_file()]
-    absent += [folder for folder in companions.values() if not folder.is_dir()]
-    return f"{absent[0]} does not exist" if absent else None
+    if absent:
+        return f"{absent[0]} does not exist"
+    return next(filter(None, map(_damage, weights)), None)
+
+
+def _damage(file: Path) -> str | None:
+    """Say what is wrong with a JSON file, or with the length or header of a safetensors file; None if nothing is."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+        else:
+            with safe_open(file, framework="numpy"):
+                pass
+    except (ValueError, SafetensorError) as error:
+        return f"{file} is damaged ({' '.join(str(error).split())})"
+    return None
 
 
 def _indexed_shards(weights: tuple[Path, ...]) -> set[str]:
@@ -238,19 +274,59 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _download(source: _Source, patterns: list[str]) -> None:
-    import httpx
-    from modelscope_hub.errors import HubError
+def _download(source: _Source, companions: Mapping[str, Path]) -> None:
+    """Download the files that match the pattern, the JSON files beside them, and the companions.
 
+    Both clients go on with a file that was cut off. A file on the disk that differs from ModelScope's is replaced.
+
+    Raises:
+        ModelFileMissing: The hub cannot be reached, has no such repository, or sends other bytes than it lists.
+    """
     hub = os.environ.get("DIFFSYNTH_DOWNLOAD_SOURCE", "modelscope").lower()
-    if hub == "modelscope":
-        from modelscope.hub.snapshot_download import snapshot_download
-    elif hub == "huggingface":
-        from huggingface_hub import snapshot_download
-    else:
+    if hub not in {"modelscope", "huggingface"}:
         raise ConfigError(f"DIFFSYNTH_DOWNLOAD_SOURCE: {hub!r} is not one of modelscope, huggingface")
+    beside = source.pattern.parent.parent
+    patterns = [str(source.pattern), str(source.pattern.parent / "*.json")]
+    patterns += [f"{beside / name}/*" for name, path in companions.items() if path == source.folder.parent / name]
+    source.folder.mkdir(parents=True, exist_ok=True)
+    (source.folder / UNFINISHED).touch()
+    fetch = _from_modelscope if hub == "modelscope" else _from_huggingface
     try:
-        snapshot_download(source.model_id, local_dir=str(_models_folder() / source.model_id), allow_patterns=patterns)
-    except (OSError, HubError, httpx.HTTPError, ValueError) as error:
+        fetch(source.model_id, _models_folder() / source.model_id, patterns)
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelFileMissing(f"{source.text}: download from {hub} failed: {reason}") from error
+    (source.folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def _from_modelscope(model_id: str, folder: Path, patterns: list[str]) -> None:
+    """Download with ModelScope's client, which compares every file with the sha256 of the hub's list."""
+    from modelscope.hub.snapshot_download import snapshot_download
+    from modelscope_hub.errors import FileDownloadError, HubError
+
+    try:
+        snapshot_download(model_id, local_dir=str(folder), allow_patterns=patterns)
+    except FileDownloadError as error:
+        path, cause = next(iter(error.failed_files.items()))
+        while cause.__cause__:
+            cause = cause.__cause__
+        message = f"{len(error.failed_files)} of {error.total} files, {path}: {cause}"
+        raise OSError(message) from error
+    except HubError as error:
+        raise OSError(str(error)) from error
+
+
+def _from_huggingface(model_id: str, folder: Path, patterns: list[str]) -> None:
+    """Download with Hugging Face's client, then compare with the hub's digests, which the client alone does not."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's or httpx2's, by version
+
+    try:
+        snapshot_download(model_id, local_dir=folder, allow_patterns=patterns)
+        mismatches = HfApi().verify_repo_checksums(model_id, local_dir=folder).mismatches
+    except HTTPError as error:
+        raise OSError(str(error)) from error
+    for wrong in mismatches:
+        if any(fnmatch(wrong["path"], pattern) for pattern in patterns):
+            message = f"{folder / wrong['path']} has another {wrong['algorithm']} than on the hub; delete it, run again"
+            raise ValueError(message)

@@ -148,6 +148,7 @@ def _train_lines(result: StageResult) -> list[str]:
         f"LoRA {lora_path}",
         "load it in diffusers:",
         f"  pipe = {pipeline}.from_pretrained({_quoted(summary['base_model'])})",
+        *([f"  # with the denoiser's weights from {initial}"] if (initial := summary.get("initial_weights")) else []),
         f"  pipe.load_lora_weights({_quoted(lora_path)})",
         '  image = pipe("your prompt").images[0]',
     ]

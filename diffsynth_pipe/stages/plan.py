@@ -19,6 +19,7 @@ from diffsynth_pipe.fingerprint import component_digest, file_digest, json_diges
 from diffsynth_pipe.graph import Cut, cut
 from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.training.run_dir import resumable
+from diffsynth_pipe.training.weights import checkpoint_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -203,10 +204,14 @@ def plan_data_process(config: RunConfig, encoding: EncodePlan | None = None) -> 
 
 
 def _verdict_of_snapshot(cache: Cache, digest: str, counts: str) -> tuple[Verdict, str]:
+    from cache_store.snapshot import read_seal
+
     try:
         snapshot = cache.latest()
         if snapshot is None or snapshot.header["digest"] != digest:
             return "resume", f"all records on disk ({counts}), to be sealed"
+        if read_seal(cache.root, snapshot.number) is None:
+            return "resume", f"snapshot {snapshot.number} lacks its seal"
         snapshot.check_files()
     except (CacheCorrupt, CacheNotFound) as error:
         return "resume", str(error)
@@ -246,6 +251,7 @@ def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
             "samples": data_digest,
             "base_models": {name: component_digest(files) for name, files in base.items()},
             "lora_files": lora_file_digests(config),
+            **initial_weights(config),
         }
     )
     run_dir = Path(config.output_path) / f"train-{key[:12]}"
@@ -283,6 +289,12 @@ def lora_file_digests(config: RunConfig) -> dict[str, str]:
                 raise ModelFileMissing(f"{name}: {path} is not a file; check the path")
             digests[name] = file_digest(Path(path))
     return digests
+
+
+def initial_weights(config: RunConfig) -> dict[str, str]:
+    """Return the digest of ``resume_from_checkpoint``, by the name it has in a training's key and lineage, if any."""
+    path = config.resume_from_checkpoint
+    return {} if path is None else {"initial_weights_digest": checkpoint_digest(Path(path))}
 
 
 def read_run(run_dir: Path) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.stages.plan import (
     STATE_OF_VERDICT,
     StageResult,
+    initial_weights,
     latest_snapshot,
     lora_file_digests,
     models_after_cut,
@@ -124,6 +125,7 @@ def _train(
     from diffsynth_pipe.training.loss_module import LossModule
     from diffsynth_pipe.training.sources import hold_out
     from diffsynth_pipe.training.state import WEIGHTS, load_weights
+    from diffsynth_pipe.training.weights import load_checkpoint
 
     # Refused before a model is loaded.
     train_source, bank = (
@@ -135,6 +137,7 @@ def _train(
         # The first rank digests the weights; the others find the digests it stored.
         plan = plan_train(config, source.digest)
         digests = {name: component_digest(component) for name, component in files.items()}
+        initial = initial_weights(config)
     run_dir = plan.path
     assert isinstance(run_dir, Path)
     if plan.verdict == "hit":
@@ -151,11 +154,15 @@ def _train(
         name: engines.load_component(accelerator, name, family.components[name], component, config)
         for name, component in files.items()
     }
+    if config.resume_from_checkpoint is not None:
+        prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
+        load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)
     lineage = {
         "version": version("diffsynth-pipe"),
         "config_digest": json_digest(config.keyed("weights")),
         "samples_digest": source.digest,
         "base_model_digest": digests["dit"],
+        **initial,
         "seed": config.seed,
         "lora_files": lora_file_digests(config),
     }
@@ -193,6 +200,7 @@ def _train(
         "files": list(result.files),
         "lora_path": next((file for file in result.files if file.endswith("_lora.safetensors")), None),
         **_base_model(files["dit"]),
+        "initial_weights": config.resume_from_checkpoint and str(Path(config.resume_from_checkpoint).resolve()),
         "engine": engine.description,
         "world_size": accelerator.num_processes,
         "elapsed_s": round(time.perf_counter() - begin, 3),

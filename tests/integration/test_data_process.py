@@ -115,6 +115,19 @@ def num_committed(cache_dir):
         return 0
 
 
+def test_a_snapshot_whose_sealer_was_killed_is_sealed(run_config):
+    config = run_config()
+    data_process(config)
+    seal = config.cache_dir / "snapshots" / "000001.seal"
+    sealed = seal.read_bytes()
+    seal.unlink()
+    assert plan_data_process(config).why == "snapshot 1 lacks its seal"
+    again = data_process(config)
+    assert (again.state, again.summary["encoded"]) == ("Resumed", {})
+    assert seal.read_bytes() == sealed
+    assert plan_data_process(config).verdict == "hit"
+
+
 def test_only_what_changed_is_encoded_again(run_config, edit_rows, photos):
     config = run_config()
     data_process(config)

@@ -1,10 +1,15 @@
 """A cache on ``s3://``, from its first record to a trained LoRA, against a real S3 API on loopback."""
 
 import concurrent.futures
+import contextlib
+import http.client
 import multiprocessing
-import signal
+import os
 import subprocess
 import sys
+import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +19,14 @@ import zarr
 
 from cache_store.backends import load_backend
 from cache_store.contract import CacheCorrupt, CacheError, FieldSpec
+from cache_store.durable import file_sizes, replace_file
 from cache_store.export import export
 from cache_store.journal import RecordIndex, read_commits
 from cache_store.local_copies import LocalCopies
 from cache_store.maintain import compact
 from cache_store.object_path import root_of
 from cache_store.reader import BatchReader
-from cache_store.snapshot import publish, tabulate
+from cache_store.snapshot import publish, seal_path, tabulate
 from cache_store.store import Cache, SealedSample
 from cache_store.verify import verify
 from diffsynth_pipe.cli import main
@@ -125,6 +131,70 @@ def test_a_second_sealer_is_refused_and_overwrites_nothing(cache, location, s3):
     assert before.items() <= objects_of(s3, location).items()
 
 
+@pytest.mark.parametrize("where", ["disk", "s3"])
+@pytest.mark.parametrize("left", [None, b"half a li"])
+def test_a_snapshot_whose_sealer_was_killed_is_sealed(location, tmp_path, where, left):
+    cache = Cache.open_or_new(root_of(location) if where == "s3" else tmp_path / "cache")
+    add_samples(cache, range(4))
+    snapshot = cache.seal(samples_of(range(4)), {})
+    seal = seal_path(cache.root, snapshot.number)
+    seal.unlink()
+    if left is not None:
+        replace_file(seal, left, tmp_path)
+    assert verify(cache.root, full=True) == ["snapshots/000001.seal is missing or damaged"]
+    assert cache.seal(samples_of(range(4)), {}).number == 1
+    assert verify(cache.root, full=True) == []
+
+
+class LossyProxy(BaseHTTPRequestHandler):
+    """Hands requests on to the S3 server; the first answer to each create-only put is lost, and an error in its stead.
+
+    The class itself counts, as the server makes a handler for each connection.
+    """
+
+    protocol_version = "HTTP/1.1"
+    backend: str
+    lost: set
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        connection = http.client.HTTPConnection(self.backend)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        with connection.getresponse() as response:
+            status, headers, data = response.status, response.getheaders(), response.read()
+        if self.headers["If-None-Match"] and self.path not in self.lost:
+            self.lost.add(self.path)
+            status, headers, data = 503, [], b""
+        self.send_response(status)
+        for name, value in headers:
+            if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                self.send_header(name, value)
+        length = dict(headers).get("Content-Length", "0") if self.command == "HEAD" else len(data)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = answer  # noqa: N815 - http.server's names
+
+
+def test_an_answer_that_was_lost_costs_nothing(s3, s3_server, monkeypatch):
+    s3.create_bucket(Bucket="lossy")
+    LossyProxy.backend, LossyProxy.lost = s3_server["AWS_ENDPOINT_URL"].removeprefix("http://"), set()
+    with ThreadingHTTPServer(("127.0.0.1", 0), LossyProxy) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        cache = Cache.open_or_new(root_of("s3://lossy/cache"))
+        add_samples(cache, range(4))
+        assert cache.seal(samples_of(range(4)), {}).number == 1
+        assert {path.rpartition(".")[2] for path in LossyProxy.lost} == {"json", "jsonl", "npz"}
+        assert len(list((cache.root / "journal").iterdir())) == 1, "the segment was written once"
+        assert verify(cache.root, full=True) == []
+        proxy.shutdown()
+
+
 WRITER = """
 import sys
 sys.path.insert(0, sys.argv[2])
@@ -133,21 +203,29 @@ from cache_store.store import Cache
 import test_object_storage as shared
 
 cache = Cache.open_or_new(root_of(sys.argv[1]))
-with cache.writer(commit_seconds=0) as writer:
-    for number in range(1000):
+with cache.writer(commit_seconds=float(sys.argv[3])) as writer:
+    for number in range(int(sys.argv[4])):
         writer.add("latents", shared.key_of(number), {"latents": shared.fields_of(number)["latents"]}, [shared.LATENTS])
         print(number, flush=True)
+    sys.stdin.read()
 """
 
 
-def test_kill_9_loses_only_what_was_in_flight(location):
+@contextlib.contextmanager
+def writing(location, *, commit_seconds, num_records):
+    """Start a writer in a process of its own, wait until it has seven records, and kill it in the end."""
+    command = [sys.executable, "-c", WRITER, location, str(Path(__file__).parent), str(commit_seconds)]
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER, location, str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+        [*command, str(num_records)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as writer:
-        for line in writer.stdout:
-            if line == "6\n":
-                writer.send_signal(signal.SIGKILL)
-                break
+        assert "6\n" in iter(writer.stdout.readline, "")
+        yield writer
+        writer.kill()
+
+
+def test_kill_9_loses_only_what_was_in_flight(location):
+    with writing(location, commit_seconds=0, num_records=1000):
+        pass
     cache = Cache.open(root_of(location))
     committed = cache.committed_keys()["latents"]
     # with commit_seconds=0 the line of a record comes after its commit
@@ -156,6 +234,27 @@ def test_kill_9_loses_only_what_was_in_flight(location):
     add_samples(cache, range(12))
     assert_holds(cache.seal(samples_of(range(12)), {}), range(12))
     assert verify(cache.root, full=True) == []
+
+
+def test_what_a_killed_writer_left_on_this_machine_is_removed(location, tmp_path, monkeypatch):
+    """And what one that is alive has there is not."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    scratch = tmp_path / f"diffsynth-pipe-{os.getuid()}"
+    with writing(location, commit_seconds=1000, num_records=7):
+        (killed,) = scratch.iterdir()
+        assert file_sizes(killed)
+    with writing(f"{location}-alive", commit_seconds=1000, num_records=7) as writer:
+        (alive,) = scratch.iterdir()
+        assert alive != killed
+        add_samples(Cache.open_or_new(root_of(f"{location}-own")), range(3))
+        assert alive in scratch.iterdir()
+        assert file_sizes(alive)
+        writer.communicate()
+        assert writer.returncode == 0
+    committed = Cache.open(root_of(f"{location}-alive")).committed_keys()["latents"]
+    assert committed == {key_of(number) for number in range(7)}
+    assert not any(file_sizes(folder) for folder in scratch.iterdir())
 
 
 def test_what_was_read_is_read_again_without_the_object_store(cache, s3, tmp_path):

@@ -107,12 +107,17 @@ def test_a_fully_trained_denoiser_takes_its_place_in_the_pipeline(run_config, ti
     assert pipe("a cat", height=32, width=32, num_inference_steps=2).images[0].size == (32, 32)
 
 
-def test_the_prefix_of_the_reference_is_kept_on_request(run_config):
+def test_the_prefix_of_the_reference_is_kept_on_request_and_read_again(run_config):
     config = run_config(**FULL | {"num_epochs": 1, "remove_prefix_in_ckpt": ""})
     data_process(stage(config, "data_process"))
     result = train(stage(config, "train"))
     names = load_file(result.path / result.summary["files"][0])
     assert all(name.startswith("pipe.dit.") for name in names)
+
+    # and a LoRA goes on from there
+    folder = (result.path / result.summary["files"][0]).parent
+    again = train(stage(run_config(max_pixels=1024, resume_from_checkpoint=str(folder)), "train"))
+    assert again.summary["loss_before"] == result.summary["loss_after"]
 
 
 def test_the_cache_of_a_frozen_encoder_does_not_serve_a_trained_one(run_config):

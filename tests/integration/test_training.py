@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from cache_store.reader import BatchReader
 from cache_store.store import Cache
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import load_family, load_task
-from diffsynth_pipe.errors import LaunchError
+from diffsynth_pipe.errors import LaunchError, ModelError
 from diffsynth_pipe.stages.data_process import data_process
+from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.train import main
 from diffsynth_pipe.training.loss_module import LossModule
@@ -25,6 +28,7 @@ from diffsynth_pipe.training.run_dir import list_checkpoints
 from diffsynth_pipe.training.sampler import BucketSampler
 from diffsynth_pipe.training.sources import CachedSource
 from diffsynth_pipe.training.validation import Validator
+from diffsynth_pipe.training.weights import checkpoint_digest
 
 ZERO3 = Path(__file__).parents[2] / "deploy" / "accelerate" / "zero3_cpu_offload.yaml"
 FAMILY = load_family("qwen_image")
@@ -120,6 +124,37 @@ def test_losses_are_those_of_a_plain_torch_loop(parameters, by_hand, changed):
     assert [line["epoch"] for line in lines] == [0] * 9
     assert_follows(lines, by_hand)
     assert result.summary["engine"] == "engine plain torch, world size 1, compute float32"
+
+
+def test_training_starts_from_a_checkpoint(parameters, cache_dir, tiny_repo, tmp_path):
+    """It trains as on a repository with those weights; its key and its LoRA name the checkpoint."""
+    from diffusers import QwenImageTransformer2DModel
+
+    from flows.report import closing_lines
+
+    model = QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    model.save_pretrained(tmp_path / "other" / "transformer")
+    checkpoint = tmp_path / "step-9.safetensors"
+    names = {f"pipe.dit.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(names, checkpoint)
+
+    resumed = train(load_config(None, parameters | {"resume_from_checkpoint": str(checkpoint)}))
+    file = tmp_path / "other" / "transformer" / "diffusion_pytorch_model.safetensors"
+    expected = train(load_config(None, parameters | {"model_paths": json.dumps([str(file)])}))
+    assert metrics(resumed.path)[0][0]["loss"] == metrics(expected.path)[0][0]["loss"]
+    assert resumed.summary["loss_after"] == expected.summary["loss_after"]
+    assert f"  # with the denoiser's weights from {checkpoint}" in "\n".join(closing_lines([resumed]))
+    assert resumed.key not in (expected.key, plan_train(load_config(None, parameters)).key)
+    with safe_open(resumed.path / resumed.summary["lora_path"], framework="pt") as lora:
+        assert json.loads(lora.metadata()["diffsynth_pipe"])["initial_weights_digest"] == checkpoint_digest(checkpoint)
+
+    names["pipe.dit.img_in.bias"] = names["pipe.dit.img_in.bias"][1:]
+    save_file(names, checkpoint)
+    with pytest.raises(ModelError, match=r"img_in\.bias has shape \[127\], expected \[128\]"):
+        train(load_config(None, parameters | {"resume_from_checkpoint": str(checkpoint)}))
 
 
 def test_diffusers_loads_the_lora_and_gives_the_loss_that_training_ended_with(parameters, cache_dir, tiny_repo):

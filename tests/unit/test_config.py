@@ -1,3 +1,4 @@
+import re
 import shlex
 from pathlib import Path
 
@@ -108,6 +109,8 @@ OTHER_VALUES = {
     "model_paths": ('["a", ["b", "c"]]', ["a", ["b", "c"]], "nothing"),
     "model_id_with_origin_paths": ("a/b:c*", "a/b:c*", "nothing"),
     "fp8_models": ('["a/b:c*", ["d", "e"]]', ["a/b:c*", ["d", "e"]], "nothing"),
+    "offload_models": ("a, b:c*", ["a", "b:c*"], "nothing"),
+    "resume_from_checkpoint": ("a.safetensors", "a.safetensors", "nothing"),
     "learning_rate": ("1e-5", 1e-5, "weights"),
     "num_epochs": ("2", 2, "weights"),
     "trainable_models": ("text_encoder", "text_encoder", "weights"),
@@ -351,6 +354,22 @@ def test_a_wrong_value_is_named(name, value, run_file):
 def test_the_value_and_what_is_accepted_are_named():
     assert error_line(dataset_base_path="data", lora_rank=0) == "lora_rank: must be greater than or equal to 1, got 0"
     assert error_line(dataset_base_path="data", task="sfd").endswith("sft, sft:data_process, sft:train, got 'sfd'")
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        # The bracket, or in Python 3.13 the comma before it.
+        ('["a.safetensors",\n  ["b.safetensors", "c.safetensors", ]]', r"line 2, column 3\d: .*; remove the comma .*"),
+        ('["a.safetensors",\n]', r"line (1, column 17|2, column 1): .*; remove the comma before the bracket"),
+        ('["a.safetensors" "b.safetensors"]', r'line 1, column 18: \["a\.safetensors" >>> "b\.safetensors"\]'),
+        ("[a.safetensors]", r"line 1, column 2: \[ >>> a\.safetensors\]"),
+    ],
+)
+def test_malformed_json_is_pointed_at(text, end):
+    assert re.fullmatch(
+        r"model_paths: is not JSON: .* in " + end, error_line(dataset_base_path="data", model_paths=text)
+    )
 
 
 def test_height_needs_width():

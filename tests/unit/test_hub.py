@@ -28,18 +28,22 @@ BY_ID = (
 SHARDS = [f"diffusion_pytorch_model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 
-def write(path, content=""):
+EMPTY = (2).to_bytes(8, "little") + b"{}"
+"""A safetensors file without a tensor."""
+
+
+def write(path, content=EMPTY):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
 
 
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
-    """A repository of files without weights in them: they are found, never opened."""
+    """A repository of files without weights in them: only their headers are read."""
     repo = tmp_path / "models" / "org" / "model"
     write(repo / "text_encoder/config.json", {"architectures": ["TextModel"]})
     write(repo / "text_encoder/model.safetensors")
-    write(repo / "tokenizer/vocab.json")
+    write(repo / "tokenizer/vocab.json", {})
     write(repo / "vae/config.json", {"_class_name": "Autoencoder"})
     write(repo / "vae/diffusion_pytorch_model.safetensors")
     write(repo / "transformer/config.json", {"_class_name": "Denoiser"})
@@ -102,6 +106,10 @@ def test_fp8_models_that_is_no_entry_is_refused(repo, fp8_models):
 
 
 def test_both_ways_can_be_mixed_and_an_existing_path_wins(repo):
+    shards = [[f"models/org/model/transformer/{shard}" for shard in SHARDS]]
+    text_encoder = BY_ID.split(",")[1]
+    found = resolve("text_encoder", "dit", model_paths=json.dumps(shards), model_id_with_origin_paths=text_encoder)
+    assert found == resolve("text_encoder", "dit", model_id_with_origin_paths=BY_ID)
     path = "models/org/model/vae/diffusion_pytorch_model.safetensors"
     found = resolve("dit", "vae", model_paths=[path], model_id_with_origin_paths=BY_ID.partition(",")[0])
     assert set(found) == {"dit", "vae"}
@@ -110,6 +118,18 @@ def test_both_ways_can_be_mixed_and_an_existing_path_wins(repo):
     (repo / "vae").rename(odd)
     file = odd / "diffusion_pytorch_model.safetensors"
     assert resolve("vae", model_id_with_origin_paths=str(file))["vae"].weights == (file,)
+
+
+def test_offload_models_names_model_entries_and_changes_nothing(repo):
+    first, second, _ = BY_ID.split(",")
+    shards = [f"models/org/model/transformer/{shard}" for shard in SHARDS]
+    models = {"model_paths": [shards], "model_id_with_origin_paths": second}
+    found = resolve("dit", "text_encoder", offload_models=json.dumps([shards, second]), **models)
+    assert found == resolve("dit", "text_encoder", **models)
+    with pytest.raises(
+        ConfigError, match=r"offload_models: 'org/model:transformer/.*' is no entry of the models; they"
+    ):
+        resolve("dit", offload_models=f"{second},{first}", **models)
 
 
 def test_the_default_place_is_models(repo, monkeypatch):
@@ -204,7 +224,7 @@ def test_the_wrong_class(repo):
         resolve("vae", model_id_with_origin_paths=BY_ID)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "holds a list"), ("{}", "holds a ''")])
+@pytest.mark.parametrize(("content", "message"), [(b"{", "is damaged"), (b"[]", "holds a list"), (b"{}", "holds a ''")])
 def test_a_broken_config(repo, content, message):
     write(repo / "vae/config.json", content)
     with pytest.raises(ModelError, match=message):
