@@ -40,6 +40,7 @@ Stage = Literal["data_process", "train"]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def _setting(group: str, affects: Affects, default: Any, description: str, *, supported: bool = True) -> Any:
@@ -50,6 +51,18 @@ def _setting(group: str, affects: Affects, default: Any, description: str, *, su
 
 _planned = partial(_setting, supported=False)
 _dmd2 = partial(_planned, "DMD2 distillation", "weights")
+
+
+_ACTS_WITH = {
+    "logit_mean": ("timestep_sampling", ("logit_normal",)),
+    "logit_std": ("timestep_sampling", ("logit_normal",)),
+    "timestep_shift": ("timestep_sampling", ("uniform", "logit_normal")),
+    "min_timestep_boundary": ("timestep_sampling", ("grid",)),
+    "max_timestep_boundary": ("timestep_sampling", ("grid",)),
+    "snap_timesteps_to_bf16": ("timestep_sampling", ("grid",)),
+    "min_snr_gamma": ("loss_weighting", ("min_snr",)),
+}
+"""Fields that act only while another has one of these values, and are refused otherwise."""
 
 
 class RunConfig(BaseModel):
@@ -220,11 +233,14 @@ class RunConfig(BaseModel):
         "model-specific", "nothing", False, "Load the weights on the CPU, then move them. DeepSpeed always does."
     )
     audio_processor_path: str | None = _planned("model-specific", "nothing", None, "Wan: audio processor folder.")
-    max_timestep_boundary: float = _planned(
-        "model-specific", "weights", 1.0, "Wan: upper end of the trained timesteps."
+    max_timestep_boundary: Fraction = _setting(
+        "model-specific",
+        "weights",
+        1.0,
+        "End of the trained part of the family's grid, as a fraction of its steps; 0 is pure noise.",
     )
-    min_timestep_boundary: float = _planned(
-        "model-specific", "weights", 0.0, "Wan: lower end of the trained timesteps."
+    min_timestep_boundary: Fraction = _setting(
+        "model-specific", "weights", 0.0, "Begin of the trained part of the family's grid, as a fraction of its steps."
     )
     framewise_decoding: bool = _planned("model-specific", "weights", False, "Wan: decode frame by frame.")
     tokenizer_1_path: str | None = _planned("model-specific", "nothing", None, "FLUX: CLIP tokenizer folder.")
@@ -319,6 +335,41 @@ class RunConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = _setting(
         "this project", "weights", 0, "Decides order, noise, timesteps and the LoRA's first weights."
     )
+    timestep_sampling: Literal["grid", "uniform", "logit_normal"] = _setting(
+        "this project",
+        "weights",
+        "grid",
+        "Distribution of the noise levels: the reference's grid of the family, uniform over sigma, or logit_normal.",
+    )
+    logit_mean: float = _setting(
+        "this project", "weights", 0.0, "Mean of logit(sigma) under logit_normal. Above 0: more noise."
+    )
+    logit_std: Positive = _setting("this project", "weights", 1.0, "Deviation of logit(sigma) under logit_normal.")
+    timestep_shift: Positive | Literal["resolution"] | None = _setting(
+        "this project",
+        "weights",
+        None,
+        "Shift s of the levels that are drawn off the grid, s*sigma/(1+(s-1)*sigma); resolution: as inference shifts"
+        " for the image's size.",
+    )
+    min_sigma: Fraction = _setting("this project", "weights", 0.0, "Lowest noise level that is trained.")
+    max_sigma: Fraction = _setting("this project", "weights", 1.0, "Highest noise level that is trained.")
+    stratified_timesteps: bool = _setting(
+        "this project",
+        "weights",
+        False,
+        "Draw one noise level from each of as many equal parts of their distribution as a global batch has samples.",
+    )
+    snap_timesteps_to_bf16: bool = _setting(
+        "this project", "weights", False, "Round timesteps as the reference does. For comparison with it alone."
+    )
+    loss_weighting: Literal["bell", "none", "min_snr"] = _setting(
+        "this project",
+        "weights",
+        "bell",
+        "Weight of a noise level: the reference's bell, none, or min_snr, which is min((1-sigma)^2, gamma*sigma^2).",
+    )
+    min_snr_gamma: Positive = _setting("this project", "weights", 5.0, "Gamma of min_snr.")
     num_validation_samples: Annotated[int, Field(ge=0)] = _setting(
         "this project", "nothing", 8, "Samples whose loss is measured before and after training. 0: none."
     )
@@ -429,6 +480,27 @@ class RunConfig(BaseModel):
                     "use_gradient_checkpointing_offload: is torch's, but gradient_checkpointing_backend is "
                     "'deepspeed'; set cpu_checkpointing in the DeepSpeed file's activation_checkpointing instead"
                 )
+                raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _noise_levels(self) -> Self:
+        for name, (other, values) in _ACTS_WITH.items():
+            found = getattr(self, other)
+            if found not in values and getattr(self, name) != type(self).model_fields[name].default:
+                message = f"{name}: has no effect with {other} {found!r}; set {other} to {' or '.join(values)}"
+                raise ValueError(message)
+        boundaries = (self.min_timestep_boundary, self.max_timestep_boundary)
+        sigmas = (self.min_sigma, self.max_sigma)
+        if boundaries != (0, 1) and sigmas != (0, 1):
+            message = (
+                "min_timestep_boundary, max_timestep_boundary, min_sigma, max_sigma: set a range of timesteps or one of"
+                " sigmas, not both"
+            )
+            raise ValueError(message)
+        for kind, (low, high) in (("timestep_boundary", boundaries), ("sigma", sigmas)):
+            if low >= high:
+                message = f"min_{kind}, max_{kind}: the range from {low:g} to {high:g} is empty"
                 raise ValueError(message)
         return self
 

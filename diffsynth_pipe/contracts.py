@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -148,12 +148,27 @@ class ComponentSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResolutionShift:
+    """How inference shifts noise levels with the image size: μ of the exponential shift, linear in the latent tokens.
+
+    The names are those of diffusers' ``calculate_shift``: μ is ``base_shift`` at ``base_seq_len`` tokens and
+    ``max_shift`` at ``max_seq_len``.
+    """
+
+    base_seq_len: int
+    max_seq_len: int
+    base_shift: float
+    max_shift: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlowMatchSchedule:
     """The training sigma grid of a family, as parameters; ``training.flow_match`` computes it.
 
     The grid starts from ``num_steps`` values u, evenly spaced from 1 down to ``u_end`` (which is on the grid only if
     ``include_end``). ``linear`` maps u to s·u/(1+(s-1)·u) with s = ``shift``; ``exponential`` maps u to
     e^μ/(e^μ+1/u-1) with μ = ``shift``. ``terminal`` then stretches the grid so that its last sigma is that value.
+    ``resolution_shift`` is no part of the grid; it is what ``timestep_shift: resolution`` takes instead of it.
     """
 
     shift_type: Literal["linear", "exponential"]
@@ -162,6 +177,7 @@ class FlowMatchSchedule:
     include_end: bool = False
     terminal: float | None = None
     num_steps: int = 1000
+    resolution_shift: ResolutionShift | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,12 +190,16 @@ class Batch:
         lengths: For each ragged field, the true length of each item, int64 ``[batch]``.
         sample_ids: One id per sample.
         visits: How often each sample was seen before, counted from 0.
+        slots: The stratum of each sample's noise level, one of ``num_slots``; empty if there are none.
+        num_slots: How many strata the global batch has.
     """
 
     fields: Mapping[str, Tensor]
     lengths: Mapping[str, Tensor]
     sample_ids: tuple[str, ...]
     visits: tuple[int, ...]
+    slots: tuple[int, ...] = ()
+    num_slots: int = 1
 
 
 class ModelFamily(Protocol):
@@ -215,6 +235,9 @@ class ModelFamily(Protocol):
             CacheMismatch: The cache was made for another model.
         """
 
+    def num_tokens(self, latents_shape: Sequence[int]) -> int:
+        """Return how many tokens the denoiser makes of latents of this shape, with or without a batch dimension."""
+
     def predict_velocity(self, models: Mapping[str, Module], batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
         """Return the denoiser's velocity (noise minus latents).
 
@@ -245,14 +268,41 @@ class ModelFamily(Protocol):
         """Write a tiny repository with random weights, the real classes and the real folder layout."""
 
 
+@dataclass(frozen=True, slots=True)
+class NoiseLevel:
+    """The noise level of each sample of a batch, fp32 ``[batch]`` each, on CPU.
+
+    Attributes:
+        sigma: In [0, 1]; what the latents are noised to.
+        model_sigma: What the denoiser is told; differs from ``sigma`` only where the reference's rounding is copied.
+        weight: Factor of the loss.
+    """
+
+    sigma: Tensor
+    model_sigma: Tensor
+    weight: Tensor
+
+
+class NoiseLevels(Protocol):
+    """The distribution of noise levels, and the weight of each."""
+
+    def draw(self, u: Tensor, num_tokens: int) -> NoiseLevel:
+        """Map uniform numbers to noise levels through the inverse of their distribution, from σ = 1 downwards.
+
+        Args:
+            u: In [0, 1), fp64 ``[batch]``, on CPU.
+            num_tokens: Latent tokens of one sample.
+        """
+
+
 class Draws(Protocol):
-    """The random numbers of one batch: pure functions of (seed, sample id, visit)."""
+    """The random numbers of one batch: pure functions of (seed, sample id, visit), and of the slot if there is one."""
 
     def noise(self, like: Tensor) -> Tensor:
         """Return standard normal noise, fp32, of the shape and on the device of ``like``."""
 
-    def timestep_index(self, num_steps: int) -> Tensor:
-        """Return one index in [0, num_steps) per sample, int64 ``[batch]``, on CPU."""
+    def uniform(self) -> Tensor:
+        """Return what decides each sample's noise level, uniform over [0, 1), fp64 ``[batch]``, on CPU."""
 
 
 class TrainingTask(Protocol):
@@ -261,7 +311,9 @@ class TrainingTask(Protocol):
     def fields(self, family: ModelFamily) -> tuple[str, ...]:
         """Return the fields that the loss reads."""
 
-    def loss(self, family: ModelFamily, models: Mapping[str, Module], batch: Batch, draws: Draws) -> Tensor:
+    def loss(
+        self, family: ModelFamily, models: Mapping[str, Module], batch: Batch, draws: Draws, levels: NoiseLevels
+    ) -> Tensor:
         """Return one loss per sample, fp32 ``[batch]``."""
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
-from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
+from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule, ResolutionShift
 from diffsynth_pipe.errors import CacheMismatch, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, device, dtype
     from torch.nn import Module
@@ -186,7 +186,12 @@ class QwenImage:
             recipe={"pixels": "x/255*2-1 in float32", "posterior": "mode", "normalization": "(z-mean)/std"},
         ),
     )
-    schedule = FlowMatchSchedule(shift_type="exponential", shift=0.8, terminal=0.02)
+    schedule = FlowMatchSchedule(
+        shift_type="exponential",
+        shift=0.8,
+        terminal=0.02,
+        resolution_shift=ResolutionShift(base_seq_len=256, max_seq_len=8192, base_shift=0.5, max_shift=0.9),
+    )
     size_multiple = 16
     latents_field = "latents"
     lora_target_modules: tuple[str, ...] = (
@@ -211,6 +216,11 @@ class QwenImage:
                     f"the cache holds {name} with {found} channels, but the denoiser takes {expected}; "
                     "train the model that the cache was made for, or run data_process with this one"
                 )
+
+    def num_tokens(self, latents_shape: Sequence[int]) -> int:
+        """Return the number of 2x2 patches; see ``ModelFamily``."""
+        height, width = latents_shape[-2:]
+        return height // PATCH * (width // PATCH)
 
     def predict_velocity(self, models: Mapping[str, Module], batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
         """Return the denoiser's velocity; see ``ModelFamily``. Latents are packed 2x2 into tokens for the call."""

@@ -72,6 +72,8 @@ class LiveSource:
                 lengths=lengths,
                 sample_ids=tuple(sample.sample_id for sample, _ in loaded),
                 visits=plan.visits,
+                slots=plan.slots,
+                num_slots=plan.num_slots,
             )
 
     def _load(self, plan: BatchPlan) -> list[tuple[Sample, dict[str, dict[str, Any]]]]:

@@ -110,11 +110,13 @@ def _train(
     source: SampleSource,
 ) -> StageResult:
     from diffsynth_pipe.training import engine as engines
+    from diffsynth_pipe.training.flow_match import SigmaDistribution
     from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function
     from diffsynth_pipe.training.loop import Loop
     from diffsynth_pipe.training.loss_module import LossModule
     from diffsynth_pipe.training.state import WEIGHTS, load_weights
 
+    levels = SigmaDistribution(family.schedule, config)
     accelerator = engines.start_accelerator(config)
     with accelerator.main_process_first():
         # The first rank digests the weights; the others find the digests it stored.
@@ -145,7 +147,7 @@ def _train(
     outputs = _make_trainable(config, family, components, files, lineage)
     if recompute is not None:
         components["dit"].enable_gradient_checkpointing(recompute)
-    model = LossModule(family, load_task(config.task_name), components, split)
+    model = LossModule(family, load_task(config.task_name), components, levels, split)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if resume:
         load_weights(trainable, resume.checkpoint.state_folder / f"{WEIGHTS}.safetensors")
@@ -266,7 +268,7 @@ def _first_loss(config: RunConfig, accelerator: Accelerator, model: LossModule, 
     plan = plans.micro_batches(rank=accelerator.process_index, world_size=world_size, batch_size=config.batch_size)[0]
     (raw,) = source.batches([plan])
     batch = to_device(raw, accelerator.device, compute_dtype())
-    draws = SampleDraws(config.seed, batch.sample_ids, batch.visits)
+    draws = SampleDraws.of(batch, config.seed)
     loss: Tensor = model(batch, draws)
     return loss.mean()
 

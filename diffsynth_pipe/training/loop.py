@@ -112,7 +112,9 @@ class Loop:
         self._resume = resume
         self._num_micro_batches = self._accelerator.gradient_accumulation_steps * self._accelerator.num_processes
         self._global_batch_size = config.batch_size * self._num_micro_batches
-        self._sampler = BucketSampler(source.bucket_sizes, self._global_batch_size, config.seed)
+        self._sampler = BucketSampler(
+            source.bucket_sizes, self._global_batch_size, config.seed, stratified=config.stratified_timesteps
+        )
         self._num_steps = self._sampler.num_steps(config.num_epochs * config.dataset_repeat)
         self._learning_rate = learning_rates(config, self._num_steps)
         self._moving_average: MovingAverage | None = None
@@ -220,7 +222,7 @@ class Loop:
             waited_s += time.perf_counter() - wait_begin
             with accelerator.accumulate(engine.model):
                 self._seed_dropout(step, micro_step)
-                draws = SampleDraws(self._config.seed, batch.sample_ids, batch.visits)
+                draws = SampleDraws.of(batch, self._config.seed)
                 loss = engine.model(batch, draws)
                 accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:

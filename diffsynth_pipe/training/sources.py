@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -101,6 +102,8 @@ class CachedSource:
                     lengths={name: torch.from_numpy(lengths) for name, lengths in raw.lengths.items()},
                     sample_ids=raw.sample_ids,
                     visits=plan.visits,
+                    slots=plan.slots,
+                    num_slots=plan.num_slots,
                 )
 
 
@@ -129,11 +132,10 @@ def to_device(batch: Batch, device: torch.device, compute_dtype: torch.dtype) ->
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, compute_dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
-    return Batch(
+    return dataclasses.replace(
+        batch,
         fields={name: move(tensor) for name, tensor in batch.fields.items()},
         lengths={name: move(tensor) for name, tensor in batch.lengths.items()},
-        sample_ids=batch.sample_ids,
-        visits=batch.visits,
     )
 
 
