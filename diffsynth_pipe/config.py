@@ -370,6 +370,12 @@ class RunConfig(BaseModel):
         "Weight of a noise level: the reference's bell, none, or min_snr, which is min((1-sigma)^2, gamma*sigma^2).",
     )
     min_snr_gamma: Positive = _setting("this project", "weights", 5.0, "Gamma of min_snr.")
+    caption_dropout: Fraction = _setting(
+        "this project",
+        "weights",
+        0.0,
+        "Probability that a sample is trained with the empty caption, which classifier-free guidance needs; often 0.1.",
+    )
     num_validation_samples: Annotated[int, Field(ge=0)] = _setting(
         "this project", "nothing", 8, "Samples whose loss is measured before and after training. 0: none."
     )

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor, device, dtype
     from torch.nn import Module
 
+CAPTION_COLUMN = "prompt"
+"""The metadata column that ``caption_dropout`` empties."""
+
+EMPTY_CAPTION_ID = "0" * 32
+"""Id of the reserved sample whose caption is empty; all else of it is the first sample's."""
+
 Components = Mapping[str, Any]
 """Loaded components by name. A value is a module, or the family's own bundle of it (as ``model``) and what it needs."""
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
+from cache_store.store import RESERVED_BUCKET
 from diffsynth_pipe.config import comma_list
-from diffsynth_pipe.contracts import Sample
+from diffsynth_pipe.contracts import CAPTION_COLUMN, EMPTY_CAPTION_ID, Sample
 from diffsynth_pipe.data.images import ImageInput, TextInput, read_size_px, target_size_px
 from diffsynth_pipe.data.metadata import read_metadata
 from diffsynth_pipe.errors import ConfigError, DataError
@@ -84,6 +85,16 @@ def list_samples(config: RunConfig, family: ModelFamily) -> list[Sample]:
         )
         occurrences[content] += 1
     return samples
+
+
+def empty_caption(first: Sample) -> Sample:
+    """Return the reserved sample whose caption is empty, made from the first one."""
+    return Sample(
+        sample_id=EMPTY_CAPTION_ID,
+        source="the empty caption",
+        bucket=RESERVED_BUCKET,
+        inputs={**first.inputs, CAPTION_COLUMN: TextInput("")},
+    )
 
 
 def needed_columns(units: Sequence[EncodeUnit]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cache_store.contract import CacheCorrupt, CacheNotFound
 from cache_store.durable import file_sizes
 from diffsynth_pipe.config import comma_list
-from diffsynth_pipe.contracts import column_unit, load_family, load_task
+from diffsynth_pipe.contracts import CAPTION_COLUMN, column_unit, load_family, load_task
 from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.fingerprint import component_digest, json_digest, record_key, unit_recipe
 from diffsynth_pipe.graph import Cut, cut
@@ -72,6 +72,7 @@ class EncodePlan:
     """The samples of a run, and the record that each unit before the cut must yield for each of them.
 
     Attributes:
+        samples: The rows, then the reserved sample with the empty caption, if a record can be made of a caption alone.
         files: The components that the cached units run.
         recipes: One recipe per cached unit.
         keys: For each sample, unit name to record key.
@@ -143,6 +144,27 @@ def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:
     return sorted({"dit"} | live)
 
 
+def caption_fields(split: Cut) -> tuple[str, ...]:
+    """Return the cached fields that are made of the caption alone, so that one record serves wherever it is dropped."""
+    made_of: dict[str, frozenset[str]] = {}
+    for unit in split.cached:
+        columns = frozenset().union(*(made_of.get(name, {name}) for name in unit.inputs))
+        made_of |= {spec.name: columns for spec in unit.outputs}
+    return tuple(name for name, columns in made_of.items() if columns == {CAPTION_COLUMN})
+
+
+def check_caption_dropout(config: RunConfig, split: Cut) -> None:
+    """Refuse to drop captions where no cached field holds them, or holds more than them.
+
+    Raises:
+        ConfigError: The run drops captions, but cannot.
+    """
+    if config.caption_dropout and not caption_fields(split):
+        raise ConfigError(
+            f"caption_dropout: no cached field is made of the column {CAPTION_COLUMN!r} alone; set it to 0"
+        )
+
+
 def plan_encoding(config: RunConfig) -> EncodePlan:
     """Read the metadata and say which records the cache must hold.
 
@@ -150,7 +172,7 @@ def plan_encoding(config: RunConfig) -> EncodePlan:
         DataError, ModelError, ConfigError: As their messages say.
     """
     from cache_store.snapshot import SealedSample, samples_digest
-    from diffsynth_pipe.data.samples import list_samples
+    from diffsynth_pipe.data.samples import empty_caption, list_samples
 
     family = load_family(config.family)
     split = plan_cut(config, family)
@@ -162,6 +184,8 @@ def plan_encoding(config: RunConfig) -> EncodePlan:
     }
     recipe_ids = {name: json_digest(recipe) for name, recipe in recipes.items()}
     samples = list_samples(config, family)
+    if caption_fields(split):
+        samples.append(empty_caption(samples[0]))
     all_keys: list[dict[str, str]] = []
     for sample in samples:
         keys: dict[str, str] = {}

@@ -13,13 +13,15 @@ from cache_store.durable import replace_file
 from cache_store.local_copies import LocalCopies
 from cache_store.object_path import ObjectPath
 from diffsynth_pipe.config import comma_list
-from diffsynth_pipe.contracts import load_family, load_task, module_of
+from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, load_family, load_task, module_of
 from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError
 from diffsynth_pipe.fingerprint import component_digest, json_digest
 from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.stages.plan import (
     STATE_OF_VERDICT,
     StageResult,
+    caption_fields,
+    check_caption_dropout,
     latest_snapshot,
     models_after_cut,
     plan_cut,
@@ -88,18 +90,28 @@ def _cached_source(
             f"also needs {', '.join(missing)}; run data-process with this run's trainable_models and lora_base_model"
         )
     family.check_fields(json.loads((files["dit"].folder / "config.json").read_text(encoding="utf-8")), shapes)
+    check_caption_dropout(config, split)
+    if config.caption_dropout and EMPTY_CAPTION_ID not in snapshot.reserved:
+        raise CacheMismatch(
+            f"cache {snapshot.root} holds no record of the empty caption, which caption_dropout needs; run data-process"
+            " again (an imported cache cannot have one)"
+        )
     copies = None
     if isinstance(snapshot.root, ObjectPath) and config.cache_copies_gb > 0:
         num_bytes = int(config.cache_copies_gb * 1e9)
         copies = LocalCopies(snapshot.root, config.cache_copies_dir, num_bytes, snapshot.segments)
     num_threads = max(1, config.dataset_num_workers)
-    return CachedSource(snapshot, split.crossing, num_threads=num_threads, copies=copies)
+    return CachedSource(
+        snapshot, split.crossing, caption_fields=caption_fields(split), num_threads=num_threads, copies=copies
+    )
 
 
 def _live_source(config: RunConfig) -> SampleSource:
     from diffsynth_pipe.stages.live import LiveSource
 
-    return LiveSource(config, plan_encoding(config))
+    encoding = plan_encoding(config)
+    check_caption_dropout(config, encoding.cut)
+    return LiveSource(config, encoding)
 
 
 def _train(

@@ -103,7 +103,7 @@ class SigmaDistribution:
         self._levels = levels[(levels >= config.min_sigma) & (levels <= config.max_sigma)]
         if config.timestep_sampling == "grid" and not len(self._levels):
             raise ConfigError(
-                f"min_sigma, max_sigma: no level of the family's grid, which falls from 1 to {self._grid[-1]:.4g}, lies in"
+                f"min_sigma, max_sigma: no level of the family's grid, 1 down to {self._grid[-1]:.4g}, lies in"
                 f" {config.min_sigma:g} to {config.max_sigma:g}; widen the range"
             )
 

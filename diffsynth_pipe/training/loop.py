@@ -18,7 +18,7 @@ from diffsynth_pipe.training import run_dir as run_dirs
 from diffsynth_pipe.training import state as states
 from diffsynth_pipe.training.metrics import Metrics
 from diffsynth_pipe.training.optim import MovingAverage, learning_rates
-from diffsynth_pipe.training.randomness import SampleDraws
+from diffsynth_pipe.training.randomness import CaptionDropout, SampleDraws
 from diffsynth_pipe.training.sampler import BucketSampler
 from diffsynth_pipe.training.signals import StopSignals
 from diffsynth_pipe.training.sources import to_device
@@ -203,7 +203,9 @@ class Loop:
             )
 
     def _batches(self, first_step: int) -> Generator[Batch]:
-        for batch in self._source.batches(self._plans(first_step)):
+        config = self._config
+        dropout = CaptionDropout(config.seed, config.caption_dropout) if config.caption_dropout else None
+        for batch in self._source.batches(self._plans(first_step), dropout):
             yield to_device(batch, self._accelerator.device, self._engine.compute_dtype)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:

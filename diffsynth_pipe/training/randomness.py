@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -64,6 +65,23 @@ class SampleDraws:
         own = [(_uniform_64(key, "timestep") >> 11) * 2.0**-53 for key in self._keys]
         values = [(slot + value) / self._num_slots for slot, value in zip(self._slots, own, strict=True)]
         return torch.tensor(values, dtype=torch.float64).clamp(max=1 - 2.0**-53)  # the division may round up to 1
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionDropout:
+    """Which samples are trained without their caption, and when.
+
+    Attributes:
+        seed: Seed of the run.
+        probability: Of each visit of each sample.
+    """
+
+    seed: int
+    probability: float
+
+    def drops(self, sample_id: str, visit: int) -> bool:
+        """Tell whether this visit of a sample goes without its caption."""
+        return _uniform_64(f"train/{self.seed}/{sample_id}/{visit}", "caption") < self.probability * 2**64
 
 
 def _uniform_64(key: str, purpose: str) -> int:

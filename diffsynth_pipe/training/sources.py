@@ -6,19 +6,21 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
-from diffsynth_pipe.contracts import Batch
+from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, Batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from cache_store.contract import FieldSpec
     from cache_store.local_copies import LocalCopies
     from cache_store.snapshot import Snapshot
+    from diffsynth_pipe.training.randomness import CaptionDropout
     from diffsynth_pipe.training.sampler import BatchPlan
 
 
@@ -38,10 +40,14 @@ class SampleSource(Protocol):
     def digest(self) -> str:
         """Return the digest of the samples and their order."""
 
-    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+    def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
         """Yield one batch per plan, in order, on the CPU and in storage dtype.
 
         The tensors of a batch may be overwritten when the next one is asked for.
+
+        Args:
+            plans: What each batch holds.
+            dropout: Whose captions are emptied; None: nobody's.
         """
 
 
@@ -51,16 +57,23 @@ class CachedSource:
     Args:
         snapshot: The samples.
         fields: The fields that cross the cut.
+        caption_fields: Those that are made of the caption alone, and read of the empty one where it is dropped.
         num_threads: Reading threads.
         copies: Where what is read of a cache in an object store is kept.
     """
 
     def __init__(
-        self, snapshot: Snapshot, fields: Sequence[str], num_threads: int = 2, copies: LocalCopies | None = None
+        self,
+        snapshot: Snapshot,
+        fields: Sequence[str],
+        caption_fields: Sequence[str] = (),
+        num_threads: int = 2,
+        copies: LocalCopies | None = None,
     ) -> None:
         self._snapshot = snapshot
         self._copies = copies
         self._fields = tuple(fields)
+        self._caption_fields = tuple(caption_fields)
         self._num_threads = num_threads
 
     @property
@@ -73,7 +86,7 @@ class CachedSource:
         """Return the digest of the samples and their order."""
         return self._snapshot.digest
 
-    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+    def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
         """Yield one batch per plan, in order.
 
         Raises:
@@ -83,7 +96,10 @@ class CachedSource:
         from cache_store.reader import BatchReader, Prefetcher
 
         members = self._snapshot.bucket_members
-        requests = ((plan, members[plan.bucket][list(plan.indices)]) for plan in plans)
+        requests = (
+            (plan, positions := members[plan.bucket][list(plan.indices)], self._captions(positions, plan, dropout))
+            for plan in plans
+        )
         dtypes = {name: self._snapshot.fields[name].dtype for name in self._fields}
         is_remote = not isinstance(self._snapshot.root, Path)
         reader = BatchReader(
@@ -105,6 +121,17 @@ class CachedSource:
                     slots=plan.slots,
                     num_slots=plan.num_slots,
                 )
+
+    def _captions(
+        self, positions: NDArray[np.int64], plan: BatchPlan, dropout: CaptionDropout | None
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return the samples from which the fields made of captions are read."""
+        if dropout is None:
+            return {}
+        ids = map(self._snapshot.sample_id, positions)
+        dropped = [dropout.drops(sample_id, visit) for sample_id, visit in zip(ids, plan.visits, strict=True)]
+        sources = np.where(dropped, self._snapshot.reserved[EMPTY_CAPTION_ID], positions)
+        return dict.fromkeys(self._caption_fields, sources)
 
 
 def collate(

@@ -230,7 +230,7 @@ def test_the_number_of_tokens_is_what_the_denoiser_sees(tiny):
     """The length of the sequence that runs through most of its linear layers."""
     lengths = []
     hooks = [
-        module.register_forward_hook(lambda module, args, output: lengths.append(output.shape[1]))
+        module.register_forward_hook(lambda _module, _args, output: lengths.append(output.shape[1]))
         for module in tiny.components["dit"].modules()
         if isinstance(module, torch.nn.Linear)
     ]

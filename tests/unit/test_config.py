@@ -153,6 +153,7 @@ OTHER_VALUES = {
     "snap_timesteps_to_bf16": ("true", True, "weights"),
     "loss_weighting": ("none", "none", "weights"),
     "min_snr_gamma": ("2", 2.0, "weights"),
+    "caption_dropout": ("0.1", 0.1, "weights"),
     "num_validation_samples": ("0", 0, "nothing"),
     "gradient_checkpointing_backend": ("deepspeed", "deepspeed", "nothing"),
     "nvme_path": ("/nvme", "/nvme", "nothing"),
