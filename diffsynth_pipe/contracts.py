@@ -96,12 +96,15 @@ class EncodeUnit:
 
 
 def column_unit(column: str) -> EncodeUnit:
-    """Return the unit that stores a text column as UTF-8 bytes, for units that read it in every training step."""
+    """Return the unit that stores a text column for units that read it in every training step.
+
+    It is stored as UTF-8 bytes and a zero, since no item of a record may be empty, as a text may.
+    """
 
     def encode(_: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         import torch
 
-        return {column: torch.tensor(list(inputs[column].encode()), dtype=torch.uint8)[:, None]}
+        return {column: torch.tensor([*inputs[column].encode(), 0], dtype=torch.uint8)[:, None]}
 
     stored = FieldSpec(name=column, dtype="uint8", dims=("byte", "value"), ragged=True)
     return EncodeUnit(name=column, inputs=(column,), outputs=(stored,), component=None, encode=encode)

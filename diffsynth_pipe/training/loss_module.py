@@ -64,7 +64,7 @@ class LossModule(Module):
                 name: field[index, : batch.lengths[name][index]] if name in batch.lengths else field[index]
                 for name, field in batch.fields.items()
             }
-            values |= {name: bytes(values[name].flatten().tolist()).decode() for name in self._columns}
+            values |= {name: bytes(values[name].flatten().tolist()[:-1]).decode() for name in self._columns}
             for unit in self._live:
                 values |= unit.encode(self._components, {name: values[name] for name in unit.inputs})
             records.append(values)
