@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from cache_store.durable import replace_file
 from cache_store.object_path import SCHEME, root_of
-from diffsynth_pipe.contracts import plugin_names
+from diffsynth_pipe.contracts import load_task, plugin_names
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +64,12 @@ _ACTS_WITH = {
 }
 """Fields that act only while another has one of these values, and are refused otherwise."""
 
+_NOISE_LEVELS = (
+    *("timestep_sampling", "loss_weighting", "min_timestep_boundary", "max_timestep_boundary"),
+    *("min_sigma", "max_sigma", "stratified_timesteps", "snap_timesteps_to_bf16"),
+)
+"""Fields that act only with a task that draws noise levels."""
+
 
 class RunConfig(BaseModel):
     """The parameters of a run, checked. ``load_config`` builds one from a YAML file and flags."""
@@ -101,8 +107,12 @@ class RunConfig(BaseModel):
     model_id_with_origin_paths: str | None = _setting(
         "model loading", "nothing", None, "Models by repository and file pattern, id:pattern, comma-separated."
     )
-    extra_inputs: str | None = _planned(
-        "model loading", "cache", None, "More metadata columns that the model takes, comma-separated."
+    extra_inputs: str | None = _setting(
+        "model loading",
+        "cache",
+        None,
+        "More metadata columns that the task or the model reads, comma-separated; for direct_distill"
+        " seed,rand_device,num_inference_steps,cfg_scale.",
     )
     fp8_models: list[str | list[str]] | None = _setting(
         "model loading",
@@ -491,6 +501,11 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _noise_levels(self) -> Self:
+        if not load_task(self.task_name).draws_noise_levels:
+            for name in _NOISE_LEVELS:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    message = f"{name}: has no effect with task {self.task!r}, which draws no levels; leave it out"
+                    raise ValueError(message)
         for name, (other, values) in _ACTS_WITH.items():
             found = getattr(self, other)
             if found not in values and getattr(self, name) != type(self).model_fields[name].default:

@@ -41,7 +41,9 @@ class Input(Protocol):
         """Hex digest of all that decides what ``load`` returns."""
 
     def load(self) -> Any:
-        """Return what an encode unit takes: a ``str`` for text, an RGB ``PIL.Image`` of the final size for an image.
+        """Return what an encode unit takes.
+
+        A ``str`` for text, an RGB ``PIL.Image`` of the final size for an image, what ``parse`` made of other cells.
 
         Raises:
             DataError: The file cannot be decoded.
@@ -81,6 +83,9 @@ class EncodeUnit:
             they are cast to the storage dtype.
         recipe: All else that decides the output: template, dropped tokens, posterior mode. JSON values only.
         version: Bumped by hand when the code changes the output.
+        parse: How the cells of columns are read that are neither text nor files: each returns a JSON value, or raises
+            ``ValueError`` with what a cell must be. ``extra_inputs`` must name these columns.
+        bucket_by: Those of them whose values must be equal within a batch.
         note: Returns what a person should know of the record of these inputs, such as that a caption was cut; mostly
             None. Stored beside the record, and no part of the recipe.
     """
@@ -92,6 +97,8 @@ class EncodeUnit:
     encode: Callable[[Components, Mapping[str, Any]], Mapping[str, Tensor]]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     version: int = 1
+    parse: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    bucket_by: tuple[str, ...] = ()
     note: Callable[[Components, Mapping[str, Any]], str | None] | None = None
 
 
@@ -217,6 +224,8 @@ class ModelFamily(Protocol):
     Attributes:
         components: By the reference's names: ``text_encoder``, ``vae``, ``dit``.
         units: In the order in which they run.
+        noise_unit: Draws the noise that a row's ``seed`` and ``rand_device`` stand for, shaped as the latents, into the
+            field ``noise``; for tasks that start from it.
         schedule: The sigma grid of training.
         size_multiple: Height and width in pixels are multiples of it.
         latents_field: The field that is noised.
@@ -226,6 +235,7 @@ class ModelFamily(Protocol):
 
     components: Mapping[str, ComponentSpec]
     units: tuple[EncodeUnit, ...]
+    noise_unit: EncodeUnit
     schedule: FlowMatchSchedule
     size_multiple: int
     latents_field: str
@@ -315,7 +325,16 @@ class Draws(Protocol):
 
 
 class TrainingTask(Protocol):
-    """What is minimised."""
+    """What is minimised.
+
+    Attributes:
+        draws_noise_levels: Whether the loss asks ``levels`` for noise levels; if not, their settings are refused.
+    """
+
+    draws_noise_levels: bool
+
+    def units(self, family: ModelFamily) -> tuple[EncodeUnit, ...]:
+        """Return the units that yield what the loss reads: the family's, and others behind them."""
 
     def fields(self, family: ModelFamily) -> tuple[str, ...]:
         """Return the fields that the loss reads."""

@@ -21,13 +21,13 @@ from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.training.run_dir import resumable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from cache_store.object_path import Root
     from cache_store.snapshot import Snapshot
     from cache_store.store import Cache
     from diffsynth_pipe.config import RunConfig
-    from diffsynth_pipe.contracts import ComponentFiles, ModelFamily, Sample
+    from diffsynth_pipe.contracts import ComponentFiles, EncodeUnit, ModelFamily, Sample
 
 Verdict = Literal["hit", "resume", "build"]
 State = Literal["Cached", "Resumed", "Completed"]
@@ -134,8 +134,21 @@ def trainable_models(config: RunConfig) -> frozenset[str]:
 
 def plan_cut(config: RunConfig, family: ModelFamily) -> Cut:
     """Cut the family's graph for the models that this run trains; metadata columns that cross are stored too."""
-    split = cut(family.units, trainable_models(config), load_task(config.task_name).fields(family))
+    task = load_task(config.task_name)
+    units = task.units(family)
+    _check_extra_inputs(config, units)
+    split = cut(units, trainable_models(config), task.fields(family))
     return replace(split, cached=(*split.cached, *map(column_unit, split.columns)))
+
+
+def _check_extra_inputs(config: RunConfig, units: Sequence[EncodeUnit]) -> None:
+    known = [column for unit in units for column in unit.parse]
+    unknown = [column for column in comma_list(config.extra_inputs) if column not in known]
+    if unknown:
+        raise ConfigError(
+            f"extra_inputs: task {config.task!r} of family {config.family!r} reads no column {', '.join(unknown)}, only"
+            f" {', '.join(known) or 'none'}"
+        )
 
 
 def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:
@@ -183,7 +196,7 @@ def plan_encoding(config: RunConfig) -> EncodePlan:
         for unit in split.cached
     }
     recipe_ids = {name: json_digest(recipe) for name, recipe in recipes.items()}
-    samples = list_samples(config, family)
+    samples = list_samples(config, (*split.cached, *split.live), family.size_multiple)
     if caption_fields(split):
         samples.append(empty_caption(samples[0]))
     all_keys: list[dict[str, str]] = []

@@ -87,7 +87,8 @@ def _cached_source(
         trained = ", ".join(sorted(trainable_models(config)))
         raise CacheMismatch(
             f"cache {snapshot.root} holds {', '.join(shapes)}, but training {trained} "
-            f"also needs {', '.join(missing)}; run data-process with this run's trainable_models and lora_base_model"
+            f"by {config.task_name} also needs {', '.join(missing)}; "
+            "run data-process with this run's task, trainable_models and lora_base_model"
         )
     family.check_fields(json.loads((files["dit"].folder / "config.json").read_text(encoding="utf-8")), shapes)
     check_caption_dropout(config, split)

@@ -102,6 +102,7 @@ OTHER_VALUES = {
     "model_paths": ('["a", ["b", "c"]]', ["a", ["b", "c"]], "nothing"),
     "model_id_with_origin_paths": ("a/b:c*", "a/b:c*", "nothing"),
     "fp8_models": ('["a/b:c*", ["d", "e"]]', ["a/b:c*", ["d", "e"]], "nothing"),
+    "extra_inputs": ("seed", "seed", "cache"),
     "learning_rate": ("1e-5", 1e-5, "weights"),
     "num_epochs": ("2", 2, "weights"),
     "trainable_models": ("text_encoder", "text_encoder", "weights"),
@@ -302,7 +303,7 @@ def test_an_unsupported_field_is_refused_unless_at_its_default(name):
         ("num_epochs", "1.5"),
         ("num_epochs", True),
         ("weight_decay", "-0.1"),
-        ("task", "direct_distill"),
+        ("task", "trajectory_imitation"),
         ("task", "sft:"),
         ("task", "sft:preview"),
         ("output_path", 3),
@@ -426,6 +427,10 @@ def test_the_shift_by_resolution_is_a_word():
         (
             {"min_timestep_boundary": 0.5, "max_timestep_boundary": 0.5},
             "min_timestep_boundary, max_timestep_boundary: the range from 0.5 to 0.5 is empty",
+        ),
+        (
+            {"task": "direct_distill:train", "loss_weighting": "none"},
+            "loss_weighting: has no effect with task 'direct_distill:train', which draws no levels; leave it out",
         ),
         ({"min_sigma": 0.7, "max_sigma": 0.6}, "min_sigma, max_sigma: the range from 0.7 to 0.6 is empty"),
     ],

@@ -10,11 +10,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from diffsynth_pipe.contracts import Batch, Draws, ModelFamily, NoiseLevels
+    from diffsynth_pipe.contracts import Batch, Draws, EncodeUnit, ModelFamily, NoiseLevels
 
 
 class SupervisedFineTuning:
     """The task ``sft``."""
+
+    draws_noise_levels = True
+
+    def units(self, family: ModelFamily) -> tuple[EncodeUnit, ...]:
+        """Return the family's units."""
+        return family.units
 
     def fields(self, family: ModelFamily) -> tuple[str, ...]:
         """Return all that the family's units yield: the latents, and what conditions the denoiser."""
