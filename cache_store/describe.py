@@ -178,8 +178,9 @@ def _describe_notes(snapshot: Snapshot) -> list[str]:
 def _describe_snapshot(snapshot: Snapshot) -> list[str]:
     snapshot.check_files()
     buckets = ", ".join(f"{name} ({len(members)})" for name, members in snapshot.bucket_members.items())
+    duplicates = snapshot.num_duplicates
     records = ", ".join(
-        f"{unit} {count} ({len(snapshot) - count} duplicates saved)" for unit, count in snapshot.num_records.items()
+        f"{unit} {count} ({duplicates[unit]} duplicates saved)" for unit, count in snapshot.num_records.items()
     )
     header = snapshot.header
     lines = [

@@ -21,7 +21,7 @@ from cache_store.contract import CHECKSUM_BYTES, CacheCorrupt, CacheError
 from cache_store.object_path import ObjectPath
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -166,12 +166,18 @@ class BatchReader:
         """Return new memory for one batch."""
         return Buffers(self._allocate)
 
-    def read(self, positions: Sequence[int] | NDArray[np.int64], buffers: Buffers | None = None) -> RawBatch:
+    def read(
+        self,
+        positions: Sequence[int] | NDArray[np.int64],
+        buffers: Buffers | None = None,
+        instead: Mapping[str, NDArray[np.int64]] | None = None,
+    ) -> RawBatch:
         """Read one batch.
 
         Args:
             positions: Samples of one bucket.
             buffers: Memory to read into, which overwrites the batch read into it before; None takes new memory.
+            instead: Fields that are read of other samples, of any bucket: their positions in the place of these.
 
         Raises:
             ValueError: No positions, or of several buckets.
@@ -186,7 +192,8 @@ class BatchReader:
         buffers = buffers or self.buffers()
         arrays, lengths, items = {}, {}, []
         for name in self.fields:
-            arrays[name], lengths_of_items, items_of_field = self._lay_out(name, where, buffers)
+            sources = where if instead is None else instead.get(name, where)
+            arrays[name], lengths_of_items, items_of_field = self._lay_out(name, sources, buffers)
             items += items_of_field
             if snapshot.fields[name].ragged:
                 lengths[name] = lengths_of_items
@@ -381,7 +388,8 @@ class Prefetcher:
 
     Args:
         reader: What reads.
-        batches: The tag and the positions of each batch; consumed at most ``depth`` ahead, in the caller's thread.
+        batches: The tag and the positions of each batch, and what its reader is to read instead, if anything; consumed
+            at most ``depth`` ahead, in the caller's thread.
         depth: How many batches to read ahead.
         num_threads: How many of them at once.
     """
@@ -389,7 +397,7 @@ class Prefetcher:
     def __init__(
         self,
         reader: BatchReader,
-        batches: Iterable[tuple[Any, Sequence[int] | NDArray[np.int64]]],
+        batches: Iterable[tuple[Any, ...]],
         *,
         depth: int = 3,
         num_threads: int = 2,
@@ -436,8 +444,8 @@ class Prefetcher:
     def _read_ahead(self) -> None:
         while self._free:
             try:
-                tag, positions = next(self._batches)
+                tag, positions, *instead = next(self._batches)
             except StopIteration:
                 return
             buffers = self._free.popleft()
-            self._queue.append((tag, self._pool.submit(self._reader.read, positions, buffers), buffers))
+            self._queue.append((tag, self._pool.submit(self._reader.read, positions, buffers, *instead), buffers))

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 Columns = dict[str, "NDArray[Any]"]
 
+RESERVED_BUCKET = ""
+"""Samples of this bucket, the last ones of a snapshot, stand for no row of the data set. Their records are kept as any
+others', but no count has them and no batch is made of them; ``Snapshot.reserved`` tells where they are."""
+
 # One table per field and one for the arrays: each column of its own would cost a member of the file, some 250 bytes.
 _PLACEMENT = np.dtype([("array", "<i4"), ("start", "<i8"), ("num_rows", "<i4"), ("digest", "<u4")])
 _ARRAY = np.dtype([("segment", "<i4"), ("layout", "<i4"), ("num_chunks", "<i8"), ("num_bytes", "<i8")])
@@ -51,7 +55,7 @@ class SealedSample:
 
     Attributes:
         sample_id: 32 lowercase hex digits.
-        bucket: Samples of one bucket can share a batch.
+        bucket: Samples of one bucket can share a batch. ``RESERVED_BUCKET`` is for those that stand for no row.
         source: Where it comes from, for messages; no part of the digest.
         keys: The key of its record in each unit.
     """
@@ -154,8 +158,8 @@ class Snapshot:
         return snapshot
 
     def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.buckets)
+        """Return the number of samples, without reserved ones."""
+        return len(self.buckets) - len(self.reserved)
 
     @property
     def digest(self) -> str:
@@ -172,16 +176,31 @@ class Snapshot:
         return self._columns["source"][start:end].tobytes().decode()
 
     @cached_property
-    def bucket_members(self) -> dict[str, NDArray[np.int64]]:
-        """The positions of the samples of each bucket, in sample order."""
+    def _members(self) -> dict[str, NDArray[np.int64]]:
         order = np.argsort(self.buckets, kind="stable")
         ends = np.cumsum(np.bincount(self.buckets, minlength=len(self.bucket_names)))
         return dict(zip(self.bucket_names, np.split(order, ends[:-1]), strict=True))
 
     @property
+    def bucket_members(self) -> dict[str, NDArray[np.int64]]:
+        """The positions of the samples of each bucket, in sample order; without the reserved bucket."""
+        return {name: members for name, members in self._members.items() if name != RESERVED_BUCKET}
+
+    @cached_property
+    def reserved(self) -> dict[str, int]:
+        """The positions of the reserved samples, by id."""
+        return {self.sample_id(position): position for position in self._members.get(RESERVED_BUCKET, ())}
+
+    @property
     def num_records(self) -> dict[str, int]:
         """The number of records of each unit; samples can share one."""
         return {unit: len(self._columns[f"{unit}.key"]) for unit in sorted(set(self.field_units.values()))}
+
+    @property
+    def num_duplicates(self) -> dict[str, int]:
+        """By unit, how many samples have a record that an earlier sample has too; reserved ones do not count."""
+        rows = {unit: self._columns[f"{unit}.record"][: len(self)] for unit in self.num_records}
+        return {unit: len(self) - len(np.unique(column)) for unit, column in rows.items()}
 
     @property
     def payload_bytes(self) -> int:
@@ -210,9 +229,9 @@ class Snapshot:
         return _placement_rows(self._columns[f"{field}.placement"][rows])
 
     def samples(self) -> Iterator[SealedSample]:
-        """Yield its samples as they were sealed."""
+        """Yield its samples as they were sealed, reserved ones too."""
         keys = {unit: self._record_keys(unit) for unit in self.num_records}
-        for position in range(len(self)):
+        for position in range(len(self.buckets)):
             yield SealedSample(
                 sample_id=self.sample_id(position),
                 bucket=self.bucket_names[self.buckets[position]],

@@ -12,6 +12,7 @@ from cache_store.durable import FolderLock, disk_errors
 from cache_store.journal import RecordIndex, read_commits
 from cache_store.manifest import SCHEMA, SCRATCH, create_store, read_manifest, recipe_id, write_recipe
 from cache_store.snapshot import (
+    RESERVED_BUCKET,
     SealedSample,
     Snapshot,
     latest_number,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from cache_store.object_path import Root
     from cache_store.snapshot import Columns
 
-__all__ = ["Cache", "SealedSample", "Snapshot", "Writer", "recipe_id", "samples_digest"]
+__all__ = ["RESERVED_BUCKET", "Cache", "SealedSample", "Snapshot", "Writer", "recipe_id", "samples_digest"]
 
 
 class Cache:

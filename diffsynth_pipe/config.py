@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from cache_store.durable import replace_file
 from cache_store.object_path import SCHEME, root_of
-from diffsynth_pipe.contracts import plugin_names
+from diffsynth_pipe.contracts import load_task, plugin_names
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ LoraFormat = Literal["diffusers", "diffsynth", "comfyui"]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 def _setting(group: str, affects: Affects, default: Any, description: str, *, supported: bool = True) -> Any:
@@ -53,6 +54,31 @@ def _setting(group: str, affects: Affects, default: Any, description: str, *, su
 
 _planned = partial(_setting, supported=False)
 _dmd2 = partial(_planned, "DMD2 distillation", "weights")
+
+
+_ACTS_WITH = {
+    "logit_mean": ("timestep_sampling", ("logit_normal",)),
+    "logit_std": ("timestep_sampling", ("logit_normal",)),
+    "timestep_shift": ("timestep_sampling", ("uniform", "logit_normal")),
+    "min_timestep_boundary": ("timestep_sampling", ("grid",)),
+    "max_timestep_boundary": ("timestep_sampling", ("grid",)),
+    "snap_timesteps_to_bf16": ("timestep_sampling", ("grid",)),
+    "min_snr_gamma": ("loss_weighting", ("min_snr",)),
+    "lr_warmup_steps": (
+        "lr_scheduler",
+        ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    ),
+    "lr_num_cycles": ("lr_scheduler", ("cosine_with_restarts",)),
+    "lr_power": ("lr_scheduler", ("polynomial",)),
+    "ema_decay": ("use_ema", (True,)),
+}
+"""Fields that act only while another has one of these values, and are refused otherwise."""
+
+_NOISE_LEVELS = (
+    *("timestep_sampling", "loss_weighting", "min_timestep_boundary", "max_timestep_boundary"),
+    *("min_sigma", "max_sigma", "stratified_timesteps", "snap_timesteps_to_bf16"),
+)
+"""Fields that act only with a task that draws noise levels."""
 
 
 class RunConfig(BaseModel):
@@ -91,8 +117,12 @@ class RunConfig(BaseModel):
     model_id_with_origin_paths: str | None = _setting(
         "model loading", "nothing", None, "Models by repository and file pattern, id:pattern, comma-separated."
     )
-    extra_inputs: str | None = _planned(
-        "model loading", "cache", None, "More metadata columns that the model takes, comma-separated."
+    extra_inputs: str | None = _setting(
+        "model loading",
+        "cache",
+        None,
+        "More metadata columns that the task or the model reads, comma-separated; for direct_distill"
+        " seed,rand_device,num_inference_steps,cfg_scale.",
     )
     fp8_models: list[str | list[str]] | None = _setting(
         "model loading",
@@ -267,11 +297,14 @@ class RunConfig(BaseModel):
         "model-specific", "nothing", False, "Load the weights on the CPU, then move them. DeepSpeed always does."
     )
     audio_processor_path: str | None = _planned("model-specific", "nothing", None, "Wan: audio processor folder.")
-    max_timestep_boundary: float = _planned(
-        "model-specific", "weights", 1.0, "Wan: upper end of the trained timesteps."
+    max_timestep_boundary: Fraction = _setting(
+        "model-specific",
+        "weights",
+        1.0,
+        "End of the trained part of the family's grid, as a fraction of its steps; 0 is pure noise.",
     )
-    min_timestep_boundary: float = _planned(
-        "model-specific", "weights", 0.0, "Wan: lower end of the trained timesteps."
+    min_timestep_boundary: Fraction = _setting(
+        "model-specific", "weights", 0.0, "Begin of the trained part of the family's grid, as a fraction of its steps."
     )
     framewise_decoding: bool = _planned("model-specific", "weights", False, "Wan: decode frame by frame.")
     tokenizer_1_path: str | None = _planned("model-specific", "nothing", None, "FLUX: CLIP tokenizer folder.")
@@ -408,6 +441,47 @@ class RunConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = _setting(
         "this project", "weights", 0, "Decides order, noise, timesteps and the LoRA's first weights."
     )
+    timestep_sampling: Literal["grid", "uniform", "logit_normal"] = _setting(
+        "this project",
+        "weights",
+        "grid",
+        "Distribution of the noise levels: the reference's grid of the family, uniform over sigma, or logit_normal.",
+    )
+    logit_mean: float = _setting(
+        "this project", "weights", 0.0, "Mean of logit(sigma) under logit_normal. Above 0: more noise."
+    )
+    logit_std: Positive = _setting("this project", "weights", 1.0, "Deviation of logit(sigma) under logit_normal.")
+    timestep_shift: Positive | Literal["resolution"] | None = _setting(
+        "this project",
+        "weights",
+        None,
+        "Shift s of the levels that are drawn off the grid, s*sigma/(1+(s-1)*sigma); resolution: as inference shifts"
+        " for the image's size.",
+    )
+    min_sigma: Fraction = _setting("this project", "weights", 0.0, "Lowest noise level that is trained.")
+    max_sigma: Fraction = _setting("this project", "weights", 1.0, "Highest noise level that is trained.")
+    stratified_timesteps: bool = _setting(
+        "this project",
+        "weights",
+        False,
+        "Draw one noise level from each of as many equal parts of their distribution as a global batch has samples.",
+    )
+    snap_timesteps_to_bf16: bool = _setting(
+        "this project", "weights", False, "Round timesteps as the reference does. For comparison with it alone."
+    )
+    loss_weighting: Literal["bell", "none", "min_snr"] = _setting(
+        "this project",
+        "weights",
+        "bell",
+        "Weight of a noise level: the reference's bell, none, or min_snr, which is min((1-sigma)^2, gamma*sigma^2).",
+    )
+    min_snr_gamma: Positive = _setting("this project", "weights", 5.0, "Gamma of min_snr.")
+    caption_dropout: Fraction = _setting(
+        "this project",
+        "weights",
+        0.0,
+        "Probability that a sample is trained with the empty caption, which classifier-free guidance needs; often 0.1.",
+    )
     gradient_checkpointing_backend: Literal["torch", "deepspeed"] = _setting(
         "this project",
         "nothing",
@@ -500,20 +574,6 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _schedule_uses_its_settings(self) -> Self:
-        users = {
-            "lr_warmup_steps": ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
-            "lr_num_cycles": ("cosine_with_restarts",),
-            "lr_power": ("polynomial",),
-        }
-        for name, schedulers in users.items():
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default and self.lr_scheduler not in schedulers:
-                message = f"{name}: lr_scheduler {self.lr_scheduler!r} has no use for it, only {', '.join(schedulers)}"
-                raise ValueError(message)
-        return self
-
-    @model_validator(mode="after")
     def _one_way_of_checkpointing(self) -> Self:
         if self.gradient_checkpointing_backend == "deepspeed":
             if not self.use_gradient_checkpointing:
@@ -529,6 +589,12 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
+        for name, (other, values) in _ACTS_WITH.items():
+            found = getattr(self, other)
+            if found not in values and getattr(self, name) != type(self).model_fields[name].default:
+                accepted = " or ".join(map(str, values))
+                message = f"{name}: has no effect with {other} {found!r}; set {other} to {accepted}"
+                raise ValueError(message)
         idle = [
             f"{name}: has no effect without {switch}"
             for name, switch in (("swanlab_project", "enable_swanlab_log"), ("wandb_project", "enable_wandb_log"))
@@ -548,6 +614,27 @@ class RunConfig(BaseModel):
         if self.lora_use_dora and self.lora_format != "diffusers":
             message = f"lora_use_dora, lora_format: {self.lora_format} cannot hold DoRA's norms; set it to diffusers"
             raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _noise_levels(self) -> Self:
+        if not load_task(self.task_name).draws_noise_levels:
+            for name in _NOISE_LEVELS:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    message = f"{name}: has no effect with task {self.task!r}, which draws no levels; leave it out"
+                    raise ValueError(message)
+        boundaries = (self.min_timestep_boundary, self.max_timestep_boundary)
+        sigmas = (self.min_sigma, self.max_sigma)
+        if boundaries != (0, 1) and sigmas != (0, 1):
+            message = (
+                "min_timestep_boundary, max_timestep_boundary, min_sigma, max_sigma: set a range of timesteps or one of"
+                " sigmas, not both"
+            )
+            raise ValueError(message)
+        for kind, (low, high) in (("timestep_boundary", boundaries), ("sigma", sigmas)):
+            if low >= high:
+                message = f"min_{kind}, max_{kind}: the range from {low:g} to {high:g} is empty"
+                raise ValueError(message)
         return self
 
     @property

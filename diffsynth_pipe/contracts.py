@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor, device, dtype
     from torch.nn import Module
+
+CAPTION_COLUMN = "prompt"
+"""The metadata column that ``caption_dropout`` empties."""
+
+EMPTY_CAPTION_ID = "0" * 32
+"""Id of the reserved sample whose caption is empty; all else of it is the first sample's."""
 
 Components = Mapping[str, Any]
 """Loaded components by name. A value is a module, or the family's own bundle of it (as ``model``) and what it needs."""
@@ -35,7 +41,9 @@ class Input(Protocol):
         """Hex digest of all that decides what ``load`` returns."""
 
     def load(self) -> Any:
-        """Return what an encode unit takes: a ``str`` for text, an RGB ``PIL.Image`` of the final size for an image.
+        """Return what an encode unit takes.
+
+        A ``str`` for text, an RGB ``PIL.Image`` of the final size for an image, what ``parse`` made of other cells.
 
         Raises:
             DataError: The file cannot be decoded.
@@ -75,6 +83,9 @@ class EncodeUnit:
             they are cast to the storage dtype.
         recipe: All else that decides the output: template, dropped tokens, posterior mode. JSON values only.
         version: Bumped by hand when the code changes the output.
+        parse: How the cells of columns are read that are neither text nor files: each returns a JSON value, or raises
+            ``ValueError`` with what a cell must be. ``extra_inputs`` must name these columns.
+        bucket_by: Those of them whose values must be equal within a batch.
         note: Returns what a person should know of the record of these inputs, such as that a caption was cut; mostly
             None. Stored beside the record, and no part of the recipe.
     """
@@ -86,16 +97,21 @@ class EncodeUnit:
     encode: Callable[[Components, Mapping[str, Any]], Mapping[str, Tensor]]
     recipe: Mapping[str, Any] = field(default_factory=dict)
     version: int = 1
+    parse: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    bucket_by: tuple[str, ...] = ()
     note: Callable[[Components, Mapping[str, Any]], str | None] | None = None
 
 
 def column_unit(column: str) -> EncodeUnit:
-    """Return the unit that stores a text column as UTF-8 bytes, for units that read it in every training step."""
+    """Return the unit that stores a text column for units that read it in every training step.
+
+    It is stored as UTF-8 bytes and a zero, since no item of a record may be empty, as a text may.
+    """
 
     def encode(_: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         import torch
 
-        return {column: torch.tensor(list(inputs[column].encode()), dtype=torch.uint8)[:, None]}
+        return {column: torch.tensor([*inputs[column].encode(), 0], dtype=torch.uint8)[:, None]}
 
     stored = FieldSpec(name=column, dtype="uint8", dims=("byte", "value"), ragged=True)
     return EncodeUnit(name=column, inputs=(column,), outputs=(stored,), component=None, encode=encode)
@@ -148,12 +164,27 @@ class ComponentSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResolutionShift:
+    """How inference shifts noise levels with the image size: μ of the exponential shift, linear in the latent tokens.
+
+    The names are those of diffusers' ``calculate_shift``: μ is ``base_shift`` at ``base_seq_len`` tokens and
+    ``max_shift`` at ``max_seq_len``.
+    """
+
+    base_seq_len: int
+    max_seq_len: int
+    base_shift: float
+    max_shift: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FlowMatchSchedule:
     """The training sigma grid of a family, as parameters; ``training.flow_match`` computes it.
 
     The grid starts from ``num_steps`` values u, evenly spaced from 1 down to ``u_end`` (which is on the grid only if
     ``include_end``). ``linear`` maps u to s·u/(1+(s-1)·u) with s = ``shift``; ``exponential`` maps u to
     e^μ/(e^μ+1/u-1) with μ = ``shift``. ``terminal`` then stretches the grid so that its last sigma is that value.
+    ``resolution_shift`` is no part of the grid; it is what ``timestep_shift: resolution`` takes instead of it.
     """
 
     shift_type: Literal["linear", "exponential"]
@@ -162,6 +193,7 @@ class FlowMatchSchedule:
     include_end: bool = False
     terminal: float | None = None
     num_steps: int = 1000
+    resolution_shift: ResolutionShift | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,12 +206,16 @@ class Batch:
         lengths: For each ragged field, the true length of each item, int64 ``[batch]``.
         sample_ids: One id per sample.
         visits: How often each sample was seen before, counted from 0.
+        slots: The stratum of each sample's noise level, one of ``num_slots``; empty if there are none.
+        num_slots: How many strata the global batch has.
     """
 
     fields: Mapping[str, Tensor]
     lengths: Mapping[str, Tensor]
     sample_ids: tuple[str, ...]
     visits: tuple[int, ...]
+    slots: tuple[int, ...] = ()
+    num_slots: int = 1
 
 
 class ModelFamily(Protocol):
@@ -188,6 +224,8 @@ class ModelFamily(Protocol):
     Attributes:
         components: By the reference's names: ``text_encoder``, ``vae``, ``dit``.
         units: In the order in which they run.
+        noise_unit: Draws the noise that a row's ``seed`` and ``rand_device`` stand for, shaped as the latents, into the
+            field ``noise``; for tasks that start from it.
         schedule: The sigma grid of training.
         size_multiple: Height and width in pixels are multiples of it.
         latents_field: The field that is noised.
@@ -198,6 +236,7 @@ class ModelFamily(Protocol):
 
     components: Mapping[str, ComponentSpec]
     units: tuple[EncodeUnit, ...]
+    noise_unit: EncodeUnit
     schedule: FlowMatchSchedule
     size_multiple: int
     latents_field: str
@@ -216,6 +255,9 @@ class ModelFamily(Protocol):
         Raises:
             CacheMismatch: The cache was made for another model.
         """
+
+    def num_tokens(self, latents_shape: Sequence[int]) -> int:
+        """Return how many tokens the denoiser makes of latents of this shape, with or without a batch dimension."""
 
     def predict_velocity(self, models: Mapping[str, Module], batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
         """Return the denoiser's velocity (noise minus latents).
@@ -247,23 +289,61 @@ class ModelFamily(Protocol):
         """Write a tiny repository with random weights, the real classes and the real folder layout."""
 
 
+@dataclass(frozen=True, slots=True)
+class NoiseLevel:
+    """The noise level of each sample of a batch, fp32 ``[batch]`` each, on CPU.
+
+    Attributes:
+        sigma: In [0, 1]; what the latents are noised to.
+        model_sigma: What the denoiser is told; differs from ``sigma`` only where the reference's rounding is copied.
+        weight: Factor of the loss.
+    """
+
+    sigma: Tensor
+    model_sigma: Tensor
+    weight: Tensor
+
+
+class NoiseLevels(Protocol):
+    """The distribution of noise levels, and the weight of each."""
+
+    def draw(self, u: Tensor, num_tokens: int) -> NoiseLevel:
+        """Map uniform numbers to noise levels through the inverse of their distribution, from σ = 1 downwards.
+
+        Args:
+            u: In [0, 1), fp64 ``[batch]``, on CPU.
+            num_tokens: Latent tokens of one sample.
+        """
+
+
 class Draws(Protocol):
-    """The random numbers of one batch: pure functions of (seed, sample id, visit)."""
+    """The random numbers of one batch: pure functions of (seed, sample id, visit), and of the slot if there is one."""
 
     def noise(self, like: Tensor) -> Tensor:
         """Return standard normal noise, fp32, of the shape and on the device of ``like``."""
 
-    def timestep_index(self, num_steps: int) -> Tensor:
-        """Return one index in [0, num_steps) per sample, int64 ``[batch]``, on CPU."""
+    def uniform(self) -> Tensor:
+        """Return what decides each sample's noise level, uniform over [0, 1), fp64 ``[batch]``, on CPU."""
 
 
 class TrainingTask(Protocol):
-    """What is minimised."""
+    """What is minimised.
+
+    Attributes:
+        draws_noise_levels: Whether the loss asks ``levels`` for noise levels; if not, their settings are refused.
+    """
+
+    draws_noise_levels: bool
+
+    def units(self, family: ModelFamily) -> tuple[EncodeUnit, ...]:
+        """Return the units that yield what the loss reads: the family's, and others behind them."""
 
     def fields(self, family: ModelFamily) -> tuple[str, ...]:
         """Return the fields that the loss reads."""
 
-    def loss(self, family: ModelFamily, models: Mapping[str, Module], batch: Batch, draws: Draws) -> Tensor:
+    def loss(
+        self, family: ModelFamily, models: Mapping[str, Module], batch: Batch, draws: Draws, levels: NoiseLevels
+    ) -> Tensor:
         """Return one loss per sample, fp32 ``[batch]``."""
 
 

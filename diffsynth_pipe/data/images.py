@@ -6,7 +6,7 @@ import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -72,6 +72,22 @@ class ImageInput:
             return _decode(self.path, data, self.height, self.width, self.apply_exif)
         except DataError as error:
             raise DataError(f"{self.label}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class ValueInput:
+    """A JSON value."""
+
+    value: Any
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the value."""
+        return json_digest(self.value)
+
+    def load(self) -> Any:
+        """Return the value."""
+        return self.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,22 +6,23 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
+from cache_store.store import RESERVED_BUCKET
 from diffsynth_pipe.config import comma_list
-from diffsynth_pipe.contracts import Sample
-from diffsynth_pipe.data.images import ImageInput, TextInput, read_size_px, target_size_px
+from diffsynth_pipe.contracts import CAPTION_COLUMN, EMPTY_CAPTION_ID, Sample
+from diffsynth_pipe.data.images import ImageInput, TextInput, ValueInput, read_size_px, target_size_px
 from diffsynth_pipe.data.metadata import read_metadata
 from diffsynth_pipe.errors import ConfigError, DataError
 from diffsynth_pipe.fingerprint import digest_files, json_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from diffsynth_pipe.config import RunConfig
-    from diffsynth_pipe.contracts import EncodeUnit, Input, ModelFamily
+    from diffsynth_pipe.contracts import EncodeUnit, Input
     from diffsynth_pipe.data.metadata import Row
 
 T = TypeVar("T")
@@ -30,8 +31,13 @@ FILES_PER_CHUNK = 1024
 PROGRESS_FROM_FILES = 2000
 
 
-def list_samples(config: RunConfig, family: ModelFamily) -> list[Sample]:
+def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: int) -> list[Sample]:
     """List the dataset; every row and every file is checked before the first one is encoded.
+
+    Args:
+        config: The run.
+        units: Those that read the samples.
+        size_multiple: Height and width of each image become multiples of it.
 
     Raises:
         ConfigError: No metadata is named, no column is a file column, or the fixed size does not suit the family.
@@ -40,15 +46,22 @@ def list_samples(config: RunConfig, family: ModelFamily) -> list[Sample]:
     if config.dataset_metadata_path is None:
         raise ConfigError("dataset_metadata_path: not set; name the csv, json or jsonl file that lists the samples")
     metadata_path = Path(config.dataset_metadata_path)
-    columns = needed_columns(family.units)
+    columns = needed_columns(units)
+    parsers = {column: parse for unit in units for column, parse in unit.parse.items()}
+    unnamed = [column for column in columns if column in parsers and column not in comma_list(config.extra_inputs)]
+    if unnamed:
+        raise ConfigError(
+            f"extra_inputs: task {config.task!r} reads the columns {', '.join(parsers)}; also name {', '.join(unnamed)}"
+        )
+    bucket_columns = [column for unit in units for column in unit.bucket_by]
     file_columns = [column for column in columns if column in comma_list(config.data_file_keys)]
     if not file_columns:
         raise ConfigError(f"data_file_keys: {config.data_file_keys!r} names none of the columns {', '.join(columns)}")
 
     rows = [(_source(metadata_path, row, file_columns), row) for row in read_metadata(metadata_path)]
-    _check_cells(metadata_path, rows, columns, file_columns)
+    _check_cells(metadata_path, rows, columns, file_columns, parsers)
     base = Path(config.dataset_base_path)
-    sizes = _measure_files(config, family.size_multiple, rows, file_columns)
+    sizes = _measure_files(config, size_multiple, rows, file_columns)
     digests = _by_chunks(list(sizes), "hashing files", partial(digest_files, num_threads=_num_threads(config)))
 
     samples = []
@@ -70,20 +83,32 @@ def list_samples(config: RunConfig, family: ModelFamily) -> list[Sample]:
                 )
                 contents[column] = digests[path]
             else:
-                inputs[column] = TextInput(row.values[column])
+                value = row.values[column]
+                inputs[column] = ValueInput(parsers[column](value)) if column in parsers else TextInput(value)
                 contents[column] = inputs[column].digest
         content = json_digest(contents)
         shapes = [sizes[base / row.values[column]] for column in file_columns]
+        sizes_px = "+".join(f"{height}x{width}" for height, width in shapes)
         samples.append(
             Sample(
                 sample_id=json_digest([content, occurrences[content]]),
                 source=source,
-                bucket="+".join(f"{height}x{width}" for height, width in shapes),
+                bucket="/".join([sizes_px, *(f"{column}={inputs[column].load()}" for column in bucket_columns)]),
                 inputs=inputs,
             )
         )
         occurrences[content] += 1
     return samples
+
+
+def empty_caption(first: Sample) -> Sample:
+    """Return the reserved sample whose caption is empty, made from the first one."""
+    return Sample(
+        sample_id=EMPTY_CAPTION_ID,
+        source="the empty caption",
+        bucket=RESERVED_BUCKET,
+        inputs={**first.inputs, CAPTION_COLUMN: TextInput("")},
+    )
 
 
 def needed_columns(units: Sequence[EncodeUnit]) -> list[str]:
@@ -102,7 +127,11 @@ def _source(metadata_path: Path, row: Row, file_columns: Sequence[str]) -> str:
 
 
 def _check_cells(
-    metadata_path: Path, rows: Sequence[tuple[str, Row]], columns: Sequence[str], file_columns: Sequence[str]
+    metadata_path: Path,
+    rows: Sequence[tuple[str, Row]],
+    columns: Sequence[str],
+    file_columns: Sequence[str],
+    parsers: Mapping[str, Callable[[Any], Any]],
 ) -> None:
     for column in columns:
         if not any(column in row.values for _, row in rows):
@@ -111,14 +140,20 @@ def _check_cells(
         f"{source}: {problem}"
         for source, row in rows
         for column in columns
-        if (problem := _cell_problem(row, column, is_file=column in file_columns))
+        if (problem := _cell_problem(row, column, parsers.get(column), is_file=column in file_columns))
     )
 
 
-def _cell_problem(row: Row, column: str, *, is_file: bool) -> str | None:
+def _cell_problem(row: Row, column: str, parse: Callable[[Any], Any] | None, *, is_file: bool) -> str | None:
     if column not in row.values:
         return f"no {column!r}, found {', '.join(row.values)}; add it"
     value = row.values[column]
+    if parse is not None:
+        try:
+            parse(value)
+        except ValueError as error:
+            return f"{column!r} is {value!r}, must be {error}"
+        return None
     if not isinstance(value, str):
         return f"{column!r} is {value!r}, expected {'a file name' if is_file else 'a text'}"
     if is_file and not value.strip():

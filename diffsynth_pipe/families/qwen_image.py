@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
-from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
-from diffsynth_pipe.errors import CacheMismatch, ModelError
+from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule, ResolutionShift
+from diffsynth_pipe.errors import CacheMismatch, DataError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, device, dtype
     from torch.nn import Module
@@ -146,6 +146,56 @@ def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[st
     return {"latents": (mode - mean) / std}
 
 
+def draw_noise(_: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Draw the noise that a seed stands for: ``noise`` [16, 1, height/8, width/8].
+
+    It is drawn in float32 and rounded to bfloat16 when it is stored, as the reference does. diffusers' pipeline draws
+    in its own dtype; in bfloat16 torch's CPU rounds the same float32 numbers, as 16 divides their count. CUDA draws others
+    than the CPU for the same seed.
+
+    Raises:
+        DataError: The noise is to be drawn on a device that is not here.
+    """
+    import torch
+
+    width, height = inputs["image"].size
+    device = inputs["rand_device"]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DataError("rand_device: 'cuda', but there is none here; write cpu if the teacher drew its noise there")
+    generator = torch.Generator(device).manual_seed(inputs["seed"])
+    noise = torch.randn(1, 16, height // 8, width // 8, generator=generator, device=device, dtype=torch.float32)
+    return {"noise": noise[0][:, None]}
+
+
+def parse_seed(cell: Any) -> int:
+    """Read a seed as torch takes it.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    try:
+        seed = int(str(cell))
+    except ValueError:
+        seed = -1
+    if not 0 <= seed < 2**63:
+        message = "a whole number from 0 to 2^63-1"
+        raise ValueError(message)
+    return seed
+
+
+def parse_rand_device(cell: Any) -> str:
+    """Read the kind of a device; its number does not change what it draws.
+
+    Raises:
+        ValueError: It is no such device.
+    """
+    kind, _, number = str(cell).strip().partition(":")
+    if kind not in ("cpu", "cuda") or not (number or "0").isdigit():
+        message = "cpu, cuda or cuda:<number>"
+        raise ValueError(message)
+    return kind
+
+
 class QwenImage:
     """Text to image with Qwen-Image."""
 
@@ -186,7 +236,21 @@ class QwenImage:
             recipe={"pixels": "x/255*2-1 in float32", "posterior": "mode", "normalization": "(z-mean)/std"},
         ),
     )
-    schedule = FlowMatchSchedule(shift_type="exponential", shift=0.8, terminal=0.02)
+    noise_unit = EncodeUnit(
+        name="noise",
+        inputs=("image", "seed", "rand_device"),
+        outputs=(FieldSpec(name="noise", dtype="bfloat16", dims=("channel", "frame", "height", "width")),),
+        component=None,
+        encode=draw_noise,
+        parse={"seed": parse_seed, "rand_device": parse_rand_device},
+        recipe={"draw": "torch.randn in float32"},
+    )
+    schedule = FlowMatchSchedule(
+        shift_type="exponential",
+        shift=0.8,
+        terminal=0.02,
+        resolution_shift=ResolutionShift(base_seq_len=256, max_seq_len=8192, base_shift=0.5, max_shift=0.9),
+    )
     size_multiple = 16
     latents_field = "latents"
     lora_target_modules: tuple[str, ...] = (
@@ -212,6 +276,11 @@ class QwenImage:
                     f"the cache holds {name} with {found} channels, but the denoiser takes {expected}; "
                     "train the model that the cache was made for, or run data_process with this one"
                 )
+
+    def num_tokens(self, latents_shape: Sequence[int]) -> int:
+        """Return the number of 2x2 patches; see ``ModelFamily``."""
+        height, width = latents_shape[-2:]
+        return height // PATCH * (width // PATCH)
 
     def predict_velocity(self, models: Mapping[str, Module], batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
         """Return the denoiser's velocity; see ``ModelFamily``. Latents are packed 2x2 into tokens for the call."""

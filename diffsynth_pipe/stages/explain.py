@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cache_store.store import RESERVED_BUCKET
 from diffsynth_pipe.fingerprint import json_digest
 from diffsynth_pipe.stages.plan import latest_snapshot, plan_encoding
 
@@ -36,12 +37,14 @@ def explain_changes(root: Root, config: RunConfig) -> Iterator[str]:
         changed_units.add(unit)
         sealed = None if sealed_id is None else read_recipe(root, sealed_id)
         yield f"recipe of {unit}: {_difference(sealed, recipe)}"
-    sealed_samples = list(snapshot.samples())
+    sealed_samples = [sample for sample in snapshot.samples() if sample.bucket != RESERVED_BUCKET]
     by_source = {sample.source: sample for sample in sealed_samples}
     by_id = {sample.sample_id: sample for sample in sealed_samples}
     num_same = num_new = 0
     matched = set()
-    for sample, keys in zip(encoding.samples, encoding.keys, strict=True):
+    pairs = zip(encoding.samples, encoding.keys, strict=True)
+    rows = [(sample, keys) for sample, keys in pairs if sample.bucket != RESERVED_BUCKET]
+    for sample, keys in rows:
         known = by_source.get(sample.source) or by_id.get(sample.sample_id)
         if known is None:
             num_new += 1
@@ -57,7 +60,7 @@ def explain_changes(root: Root, config: RunConfig) -> Iterator[str]:
         if reasons:
             yield f"{sample.source}: {', '.join(reasons)}"
     num_gone = len(by_id.keys() - matched)
-    num_changed = len(encoding.samples) - num_same - num_new
+    num_changed = len(rows) - num_same - num_new
     yield f"samples: {num_same} as sealed, {num_changed} changed, {num_new} new, {num_gone} gone"
 
 

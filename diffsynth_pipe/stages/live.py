@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cache_store.store import RESERVED_BUCKET
+from diffsynth_pipe.contracts import CAPTION_COLUMN, EMPTY_CAPTION_ID
 from diffsynth_pipe.stages.encode import (
     encode,
     encode_device,
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from diffsynth_pipe.config import RunConfig
     from diffsynth_pipe.contracts import Batch, Sample
     from diffsynth_pipe.stages.plan import EncodePlan
+    from diffsynth_pipe.training.randomness import CaptionDropout
     from diffsynth_pipe.training.sampler import BatchPlan
 
 
@@ -42,6 +46,7 @@ class LiveSource:
         self._buckets: dict[str, list[Sample]] = {}
         for sample in encoding.samples:
             self._buckets.setdefault(sample.bucket, []).append(sample)
+        self._reserved = {sample.sample_id: sample for sample in self._buckets.pop(RESERVED_BUCKET, ())}
         self._digest = encoding.digest
         self._num_threads = num_decode_threads(config.dataset_num_workers)
 
@@ -59,7 +64,7 @@ class LiveSource:
         """Yield the ids of the samples of a bucket, in their order."""
         return (sample.sample_id for sample in self._buckets[bucket])
 
-    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+    def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
         """Yield one batch per plan, in order, on the CPU and in storage dtype.
 
         Raises:
@@ -69,18 +74,26 @@ class LiveSource:
         from diffsynth_pipe.training.sources import collate
 
         specs = [spec for unit in self._units for spec in unit.outputs]
-        for plan, loaded in map_ahead(self._load, plans, self._num_threads):
+        for plan, loaded in map_ahead(partial(self._load, dropout), plans, self._num_threads):
             fields, lengths = collate(specs, [self._encode(inputs) for _, inputs in loaded])
             yield Batch(
                 fields=fields,
                 lengths=lengths,
                 sample_ids=tuple(sample.sample_id for sample, _ in loaded),
                 visits=plan.visits,
+                slots=plan.slots,
+                num_slots=plan.num_slots,
             )
 
-    def _load(self, plan: BatchPlan) -> list[tuple[Sample, dict[str, dict[str, Any]]]]:
-        samples = [self._buckets[plan.bucket][index] for index in plan.indices]
-        return [(sample, {unit.name: load_inputs(unit, sample.inputs) for unit in self._units}) for sample in samples]
+    def _load(self, dropout: CaptionDropout | None, plan: BatchPlan) -> list[tuple[Sample, dict[str, dict[str, Any]]]]:
+        loaded = []
+        for index, visit in zip(plan.indices, plan.visits, strict=True):
+            sample = self._buckets[plan.bucket][index]
+            inputs = sample.inputs
+            if dropout is not None and dropout.drops(sample.sample_id, visit):
+                inputs = {**inputs, CAPTION_COLUMN: self._reserved[EMPTY_CAPTION_ID].inputs[CAPTION_COLUMN]}
+            loaded.append((sample, {unit.name: load_inputs(unit, inputs) for unit in self._units}))
+        return loaded
 
     def _encode(self, inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
         record: dict[str, Tensor] = {}

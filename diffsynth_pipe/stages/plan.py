@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cache_store.contract import CacheCorrupt, CacheNotFound
 from cache_store.durable import file_sizes
 from diffsynth_pipe.config import comma_list
-from diffsynth_pipe.contracts import column_unit, load_family, load_task
+from diffsynth_pipe.contracts import CAPTION_COLUMN, column_unit, load_family, load_task
 from diffsynth_pipe.errors import ConfigError, ModelFileMissing
 from diffsynth_pipe.fingerprint import component_digest, file_digest, json_digest, record_key, unit_recipe
 from diffsynth_pipe.graph import Cut, cut
@@ -22,13 +22,13 @@ from diffsynth_pipe.training.run_dir import resumable
 from diffsynth_pipe.training.weights import checkpoint_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from cache_store.object_path import Root
     from cache_store.snapshot import Snapshot
     from cache_store.store import Cache
     from diffsynth_pipe.config import RunConfig
-    from diffsynth_pipe.contracts import ComponentFiles, ModelFamily, Sample
+    from diffsynth_pipe.contracts import ComponentFiles, EncodeUnit, ModelFamily, Sample
 
 Verdict = Literal["hit", "resume", "build"]
 State = Literal["Cached", "Resumed", "Completed"]
@@ -73,6 +73,7 @@ class EncodePlan:
     """The samples of a run, and the record that each unit before the cut must yield for each of them.
 
     Attributes:
+        samples: The rows, then the reserved sample with the empty caption, if a record can be made of a caption alone.
         files: The components that the cached units run.
         recipes: One recipe per cached unit.
         keys: For each sample, unit name to record key.
@@ -134,14 +135,48 @@ def trainable_models(config: RunConfig) -> frozenset[str]:
 
 def plan_cut(config: RunConfig, family: ModelFamily) -> Cut:
     """Cut the family's graph for the models that this run trains; metadata columns that cross are stored too."""
-    split = cut(family.units, trainable_models(config), load_task(config.task_name).fields(family))
+    task = load_task(config.task_name)
+    units = task.units(family)
+    _check_extra_inputs(config, units)
+    split = cut(units, trainable_models(config), task.fields(family))
     return replace(split, cached=(*split.cached, *map(column_unit, split.columns)))
+
+
+def _check_extra_inputs(config: RunConfig, units: Sequence[EncodeUnit]) -> None:
+    known = [column for unit in units for column in unit.parse]
+    unknown = [column for column in comma_list(config.extra_inputs) if column not in known]
+    if unknown:
+        raise ConfigError(
+            f"extra_inputs: task {config.task!r} of family {config.family!r} reads no column {', '.join(unknown)}, only"
+            f" {', '.join(known) or 'none'}"
+        )
 
 
 def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:
     """Return the components that a training step runs: the denoiser, and those of live units."""
     live = {unit.component for unit in plan_cut(config, family).live if unit.component}
     return sorted({"dit"} | live)
+
+
+def caption_fields(split: Cut) -> tuple[str, ...]:
+    """Return the cached fields that are made of the caption alone, so that one record serves wherever it is dropped."""
+    made_of: dict[str, frozenset[str]] = {}
+    for unit in split.cached:
+        columns = frozenset().union(*(made_of.get(name, {name}) for name in unit.inputs))
+        made_of |= {spec.name: columns for spec in unit.outputs}
+    return tuple(name for name, columns in made_of.items() if columns == {CAPTION_COLUMN})
+
+
+def check_caption_dropout(config: RunConfig, split: Cut) -> None:
+    """Refuse to drop captions where no cached field holds them, or holds more than them.
+
+    Raises:
+        ConfigError: The run drops captions, but cannot.
+    """
+    if config.caption_dropout and not caption_fields(split):
+        raise ConfigError(
+            f"caption_dropout: no cached field is made of the column {CAPTION_COLUMN!r} alone; set it to 0"
+        )
 
 
 def plan_encoding(config: RunConfig) -> EncodePlan:
@@ -151,7 +186,7 @@ def plan_encoding(config: RunConfig) -> EncodePlan:
         DataError, ModelError, ConfigError: As their messages say.
     """
     from cache_store.snapshot import SealedSample, samples_digest
-    from diffsynth_pipe.data.samples import list_samples
+    from diffsynth_pipe.data.samples import empty_caption, list_samples
 
     family = load_family(config.family)
     split = plan_cut(config, family)
@@ -162,7 +197,9 @@ def plan_encoding(config: RunConfig) -> EncodePlan:
         for unit in split.cached
     }
     recipe_ids = {name: json_digest(recipe) for name, recipe in recipes.items()}
-    samples = list_samples(config, family)
+    samples = list_samples(config, (*split.cached, *split.live), family.size_multiple)
+    if caption_fields(split):
+        samples.append(empty_caption(samples[0]))
     all_keys: list[dict[str, str]] = []
     for sample in samples:
         keys: dict[str, str] = {}

@@ -16,13 +16,15 @@ from cache_store.durable import replace_file
 from cache_store.local_copies import LocalCopies
 from cache_store.object_path import ObjectPath
 from diffsynth_pipe.config import comma_list
-from diffsynth_pipe.contracts import load_family, load_task, module_of
+from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, load_family, load_task, module_of
 from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError
 from diffsynth_pipe.fingerprint import component_digest, json_digest
 from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.stages.plan import (
     STATE_OF_VERDICT,
     StageResult,
+    caption_fields,
+    check_caption_dropout,
     initial_weights,
     latest_snapshot,
     lora_file_digests,
@@ -93,21 +95,32 @@ def _cached_source(
         trained = ", ".join(sorted(trainable_models(config)))
         raise CacheMismatch(
             f"cache {snapshot.root} holds {', '.join(shapes)}, but training {trained} "
-            f"also needs {', '.join(missing)}; run data-process with this run's trainable_models and lora_base_model"
+            f"by {config.task_name} also needs {', '.join(missing)}; "
+            "run data-process with this run's task, trainable_models and lora_base_model"
         )
     family.check_fields(json.loads((files["dit"].folder / "config.json").read_text(encoding="utf-8")), shapes)
+    check_caption_dropout(config, split)
+    if config.caption_dropout and EMPTY_CAPTION_ID not in snapshot.reserved:
+        raise CacheMismatch(
+            f"cache {snapshot.root} holds no record of the empty caption, which caption_dropout needs; run data-process"
+            " again (an imported cache cannot have one)"
+        )
     copies = None
     if isinstance(snapshot.root, ObjectPath) and config.cache_copies_gb > 0:
         num_bytes = int(config.cache_copies_gb * 1e9)
         copies = LocalCopies(snapshot.root, config.cache_copies_dir, num_bytes, snapshot.segments)
     num_threads = max(1, config.dataset_num_workers)
-    return CachedSource(snapshot, split.crossing, num_threads=num_threads, copies=copies)
+    return CachedSource(
+        snapshot, split.crossing, caption_fields=caption_fields(split), num_threads=num_threads, copies=copies
+    )
 
 
 def _live_source(config: RunConfig) -> SampleSource:
     from diffsynth_pipe.stages.live import LiveSource
 
-    return LiveSource(config, plan_encoding(config))
+    encoding = plan_encoding(config)
+    check_caption_dropout(config, encoding.cut)
+    return LiveSource(config, encoding)
 
 
 def _train(
@@ -119,6 +132,7 @@ def _train(
     held: contextlib.ExitStack,
 ) -> StageResult:
     from diffsynth_pipe.training import engine as engines
+    from diffsynth_pipe.training.flow_match import SigmaDistribution
     from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function, enable
     from diffsynth_pipe.training.loop import Loop
     from diffsynth_pipe.training.lora_file import resolution_of
@@ -132,6 +146,7 @@ def _train(
         hold_out(source, config.num_held_out_samples) if config.num_held_out_samples else (source, source)
     )
 
+    levels = SigmaDistribution(family.schedule, config)
     accelerator = engines.start_accelerator(config)
     with accelerator.main_process_first():
         # The first rank digests the weights; the others find the digests it stored.
@@ -170,7 +185,7 @@ def _train(
     if recompute is not None:
         for component in components.values():
             enable(module_of(component), recompute)
-    model = LossModule(family, load_task(config.task_name), components, split)
+    model = LossModule(family, load_task(config.task_name), components, levels, split)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if resume:
         load_weights(trainable, resume.checkpoint.state_folder / f"{WEIGHTS}.safetensors")
@@ -314,7 +329,7 @@ def _first_loss(config: RunConfig, accelerator: Accelerator, model: LossModule, 
     plan = plans.micro_batches(rank=accelerator.process_index, world_size=world_size, batch_size=config.batch_size)[0]
     (raw,) = source.batches([plan])
     batch = to_device(raw, accelerator.device, compute_dtype())
-    draws = SampleDraws(config.seed, batch.sample_ids, batch.visits)
+    draws = SampleDraws.of(batch, config.seed)
     loss: Tensor = model(batch, draws)
     return loss.mean()
 

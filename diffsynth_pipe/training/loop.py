@@ -18,7 +18,7 @@ from diffsynth_pipe.training import run_dir as run_dirs
 from diffsynth_pipe.training import state as states
 from diffsynth_pipe.training.metrics import LossByDecile, Metrics
 from diffsynth_pipe.training.optim import MovingAverage, learning_rates
-from diffsynth_pipe.training.randomness import SampleDraws
+from diffsynth_pipe.training.randomness import CaptionDropout, SampleDraws
 from diffsynth_pipe.training.sampler import BucketSampler
 from diffsynth_pipe.training.signals import StopSignals
 from diffsynth_pipe.training.sources import to_device
@@ -117,7 +117,9 @@ class Loop:
         self._resume = resume
         self._num_micro_batches = self._accelerator.gradient_accumulation_steps * self._accelerator.num_processes
         self._global_batch_size = config.batch_size * self._num_micro_batches
-        self._sampler = BucketSampler(source.bucket_sizes, self._global_batch_size, config.seed)
+        self._sampler = BucketSampler(
+            source.bucket_sizes, self._global_batch_size, config.seed, stratified=config.stratified_timesteps
+        )
         self._num_steps = self._sampler.num_steps(config.num_epochs * config.dataset_repeat)
         if config.max_steps is not None:
             self._num_steps = min(self._num_steps, config.max_steps)
@@ -243,7 +245,9 @@ class Loop:
             )
 
     def _batches(self, first_step: int) -> Generator[Batch]:
-        for batch in self._source.batches(self._plans(first_step)):
+        config = self._config
+        dropout = CaptionDropout(config.seed, config.caption_dropout) if config.caption_dropout else None
+        for batch in self._source.batches(self._plans(first_step), dropout):
             yield to_device(batch, self._accelerator.device, self._engine.compute_dtype)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> dict[str, Any]:
@@ -263,7 +267,7 @@ class Loop:
             waited_s += time.perf_counter() - wait_begin
             with accelerator.accumulate(engine.model):
                 self._seed_dropout(step, micro_step)
-                draws = SampleDraws(self._config.seed, batch.sample_ids, batch.visits)
+                draws = SampleDraws.of(batch, self._config.seed)
                 loss = engine.model(batch, draws)
                 accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:
@@ -273,7 +277,7 @@ class Loop:
                 engine.optimizer.step()
                 engine.optimizer.zero_grad()
             losses.append(loss.detach())
-            deciles.append(draws.timestep_index(LossByDecile.NUM_DECILES).to(loss.device))
+            deciles.append((draws.uniform() * LossByDecile.NUM_DECILES).long().to(loss.device))
             sample_ids.extend(batch.sample_ids)
         mean_loss = self._mean_loss(step, torch.cat(losses), torch.cat(deciles), sample_ids)
         if not math.isfinite(grad_norm):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from diffsynth_pipe.contracts import Batch, Draws, ModelFamily, TrainingTask
+    from diffsynth_pipe.contracts import Batch, Draws, ModelFamily, NoiseLevels, TrainingTask
     from diffsynth_pipe.graph import Cut
 
 
@@ -29,17 +29,24 @@ class LossModule(Module):
         family: Calls the denoiser.
         task: Computes the loss.
         components: The loaded models after the cut by their names; ``dit`` among them.
+        levels: The distribution of noise levels.
         split: Its live units run in every step; None if there are none.
     """
 
     def __init__(
-        self, family: ModelFamily, task: TrainingTask, components: Mapping[str, Any], split: Cut | None = None
+        self,
+        family: ModelFamily,
+        task: TrainingTask,
+        components: Mapping[str, Any],
+        levels: NoiseLevels,
+        split: Cut | None = None,
     ) -> None:
         super().__init__()
         self.models = ModuleDict({name: module_of(component) for name, component in components.items()})
         self._components = components
         self._family = family
         self._task = task
+        self._levels = levels
         self._live = split.live if split else ()
         self._columns = split.columns if split else ()
 
@@ -47,7 +54,7 @@ class LossModule(Module):
         """Return one loss per sample, fp32 ``[batch]``."""
         if self._live:
             batch = self._encode(batch)
-        return self._task.loss(self._family, dict(self.models.items()), batch, draws)
+        return self._task.loss(self._family, dict(self.models.items()), batch, draws, self._levels)
 
     def _encode(self, batch: Batch) -> Batch:
         """Add what the live units make of each sample, with gradients."""
@@ -57,7 +64,7 @@ class LossModule(Module):
                 name: field[index, : batch.lengths[name][index]] if name in batch.lengths else field[index]
                 for name, field in batch.fields.items()
             }
-            values |= {name: bytes(values[name].flatten().tolist()).decode() for name in self._columns}
+            values |= {name: bytes(values[name].flatten().tolist()[:-1]).decode() for name in self._columns}
             for unit in self._live:
                 values |= unit.encode(self._components, {name: values[name] for name in unit.inputs})
             records.append(values)

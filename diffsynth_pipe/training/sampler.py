@@ -32,11 +32,15 @@ class BatchPlan(NamedTuple):
         bucket: The bucket that all of them are from.
         indices: Their places in the bucket.
         visits: How often each was seen before, counted from 0.
+        slots: The stratum of each one's noise level, a permutation of all in a global batch; empty without strata.
+        num_slots: How many strata there are.
     """
 
     bucket: str
     indices: tuple[int, ...]
     visits: tuple[int, ...]
+    slots: tuple[int, ...] = ()
+    num_slots: int = 1
 
     def micro_batches(self, *, rank: int, world_size: int, batch_size: int) -> list[BatchPlan]:
         """Return this rank's micro-batches of a global batch, in order.
@@ -50,9 +54,10 @@ class BatchPlan(NamedTuple):
                 f"batch_size: a global batch of {total} samples does not divide by {world_size} ranks x {batch_size}"
             )
         starts = range(rank * batch_size, total, world_size * batch_size)
+        parts = (slice(start, start + batch_size) for start in starts)
         return [
-            BatchPlan(self.bucket, self.indices[start : start + batch_size], self.visits[start : start + batch_size])
-            for start in starts
+            BatchPlan(self.bucket, self.indices[part], self.visits[part], self.slots[part], self.num_slots)
+            for part in parts
         ]
 
 
@@ -102,12 +107,16 @@ class BucketSampler:
         sizes: Number of samples per bucket, all at least 1.
         global_batch_size: Samples of one optimizer step, over all ranks and micro-batches.
         seed: Seed of the order.
+        stratified: Give each sample of a global batch a stratum of its own for its noise level.
     """
 
-    def __init__(self, sizes: Mapping[str, int], global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, sizes: Mapping[str, int], global_batch_size: int, seed: int, *, stratified: bool = False
+    ) -> None:
         self._sizes = dict(sizes)
         self._global_batch_size = global_batch_size
         self._seed = seed
+        self._stratified = stratified
 
     def num_steps(self, passes: int) -> int:
         """Return the number of optimizer steps of this many passes over the samples."""
@@ -127,9 +136,15 @@ class BucketSampler:
         for bucket, size in self._sizes.items():
             first, end = self._num_batches(size, epoch), self._num_batches(size, epoch + 1)
             if offset < end - first:
-                return self._batch(bucket, first + offset)
+                plan = self._batch(bucket, first + offset)
+                return self._with_slots(plan, step) if self._stratified else plan
             offset -= end - first
         raise AssertionError(f"step {step} lies outside of pass {epoch}")
+
+    def _with_slots(self, plan: BatchPlan, step: int) -> BatchPlan:
+        num_slots = len(plan.indices)
+        slots = KeyedPermutation(num_slots, f"{self._seed}/slots/{step}")(np.arange(num_slots, dtype=np.int64))
+        return plan._replace(slots=tuple(slots.tolist()), num_slots=num_slots)
 
     def _num_batches(self, size: int, passes: int) -> int:
         return -(-passes * size // self._global_batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from diffsynth_pipe.contracts import Batch
+from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, Batch
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from cache_store.contract import FieldSpec
     from cache_store.local_copies import LocalCopies
     from cache_store.snapshot import Snapshot
+    from diffsynth_pipe.training.randomness import CaptionDropout
     from diffsynth_pipe.training.sampler import BatchPlan
 
 
@@ -43,10 +45,14 @@ class SampleSource(Protocol):
     def sample_ids(self, bucket: str) -> Iterator[str]:
         """Yield the ids of the samples of a bucket, in their order."""
 
-    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+    def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
         """Yield one batch per plan, in order, on the CPU and in storage dtype.
 
         The tensors of a batch may be overwritten when the next one is asked for.
+
+        Args:
+            plans: What each batch holds.
+            dropout: Whose captions are emptied; None: nobody's.
         """
 
 
@@ -56,16 +62,23 @@ class CachedSource:
     Args:
         snapshot: The samples.
         fields: The fields that cross the cut.
+        caption_fields: Those that are made of the caption alone, and read of the empty one where it is dropped.
         num_threads: Reading threads.
         copies: Where what is read of a cache in an object store is kept.
     """
 
     def __init__(
-        self, snapshot: Snapshot, fields: Sequence[str], num_threads: int = 2, copies: LocalCopies | None = None
+        self,
+        snapshot: Snapshot,
+        fields: Sequence[str],
+        caption_fields: Sequence[str] = (),
+        num_threads: int = 2,
+        copies: LocalCopies | None = None,
     ) -> None:
         self._snapshot = snapshot
         self._copies = copies
         self._fields = tuple(fields)
+        self._caption_fields = tuple(caption_fields)
         self._num_threads = num_threads
 
     @property
@@ -82,7 +95,7 @@ class CachedSource:
         """Yield the ids of the samples of a bucket, in their order."""
         return map(self._snapshot.sample_id, self._snapshot.bucket_members[bucket].tolist())
 
-    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+    def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
         """Yield one batch per plan, in order.
 
         Raises:
@@ -92,7 +105,10 @@ class CachedSource:
         from cache_store.reader import BatchReader, Prefetcher
 
         members = self._snapshot.bucket_members
-        requests = ((plan, members[plan.bucket][list(plan.indices)]) for plan in plans)
+        requests = (
+            (plan, positions := members[plan.bucket][list(plan.indices)], self._captions(positions, plan, dropout))
+            for plan in plans
+        )
         dtypes = {name: self._snapshot.fields[name].dtype for name in self._fields}
         is_remote = not isinstance(self._snapshot.root, Path)
         reader = BatchReader(
@@ -111,7 +127,20 @@ class CachedSource:
                     lengths={name: torch.from_numpy(lengths) for name, lengths in raw.lengths.items()},
                     sample_ids=raw.sample_ids,
                     visits=plan.visits,
+                    slots=plan.slots,
+                    num_slots=plan.num_slots,
                 )
+
+    def _captions(
+        self, positions: NDArray[np.int64], plan: BatchPlan, dropout: CaptionDropout | None
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return the samples from which the fields made of captions are read."""
+        if dropout is None:
+            return {}
+        ids = map(self._snapshot.sample_id, positions)
+        dropped = [dropout.drops(sample_id, visit) for sample_id, visit in zip(ids, plan.visits, strict=True)]
+        sources = np.where(dropped, self._snapshot.reserved[EMPTY_CAPTION_ID], positions)
+        return dict.fromkeys(self._caption_fields, sources)
 
 
 class Subset:
@@ -141,10 +170,11 @@ class Subset:
         wanted = set(self._members[bucket].tolist())
         return (sample_id for place, sample_id in enumerate(self._source.sample_ids(bucket)) if place in wanted)
 
-    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+    def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
         """Yield one batch per plan, in order, as the source does."""
+        members = self._members
         return self._source.batches(
-            plan._replace(indices=tuple(self._members[plan.bucket][list(plan.indices)].tolist())) for plan in plans
+            (plan._replace(indices=tuple(members[plan.bucket][list(plan.indices)].tolist())) for plan in plans), dropout
         )
 
 
@@ -206,11 +236,10 @@ def to_device(batch: Batch, device: torch.device, compute_dtype: torch.dtype) ->
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, compute_dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
 
-    return Batch(
+    return dataclasses.replace(
+        batch,
         fields={name: move(tensor) for name, tensor in batch.fields.items()},
         lengths={name: move(tensor) for name, tensor in batch.lengths.items()},
-        sample_ids=batch.sample_ids,
-        visits=batch.visits,
     )
 
 

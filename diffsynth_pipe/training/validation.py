@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from diffsynth_pipe.training.sources import SampleSource
 
 NUM_LEVELS = 4
-"""Noise levels per sample: the middles of as many equal parts of the sigma grid, the noisiest first."""
+"""Noise levels per sample: the middles of as many equal parts of their distribution, the noisiest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,9 +116,9 @@ class ValidationDraws:
         """Return standard normal noise, fp32, of the shape and on the device of ``like``."""
         return self._draws.noise(like)
 
-    def timestep_index(self, num_steps: int) -> Tensor:
-        """Return the index of each item's noise level."""
-        return torch.tensor([(2 * level + 1) * num_steps // (2 * NUM_LEVELS) for level in self._levels])
+    def uniform(self) -> Tensor:
+        """Return the middle of each item's part of the noise levels, fp64."""
+        return torch.tensor([(2 * level + 1) / (2 * NUM_LEVELS) for level in self._levels], dtype=torch.float64)
 
 
 class Validator:

@@ -250,6 +250,24 @@ def test_the_prediction_depends_on_every_input(tiny):
         assert not torch.equal(predict(tiny, changed, noisy, sigma), base), name
 
 
+def test_the_number_of_tokens_is_what_the_denoiser_sees(tiny):
+    """The length of the sequence that runs through most of its linear layers."""
+    lengths = []
+    hooks = [
+        module.register_forward_hook(lambda _module, _args, output: lengths.append(output.shape[1]))
+        for module in tiny.components["dit"].modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    batch = collate(tiny.family, tiny.records[1:2])
+    noisy = batch.fields[tiny.family.latents_field]
+    predict(tiny, batch, noisy, torch.tensor([0.5]))
+    for hook in hooks:
+        hook.remove()
+    num_tokens = tiny.family.num_tokens(noisy.shape)
+    assert num_tokens == tiny.family.num_tokens(noisy.shape[1:])
+    assert lengths.count(num_tokens) > len(lengths) / 4
+
+
 def test_gradients_reach_the_denoiser(tiny):
     dit = tiny.family.components["dit"].load(component_files(tiny.family, tiny.repo, "dit"), torch.float32, CPU)
     dit.requires_grad_(True)

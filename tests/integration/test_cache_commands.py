@@ -54,7 +54,7 @@ def test_a_cache_is_described_without_torch(config, tmp_path):
         outputs.append(ended.stdout)
     listed, described, verified = outputs
     assert listed.startswith(f"{config.cache_dir}  6 samples  ")
-    assert "latents 6 (0 duplicates saved), text 5 (1 duplicates saved)" in described
+    assert "latents 6 (0 duplicates saved), text 6 (1 duplicates saved)" in described
     assert "prompt_emb: min " in described
     assert verified == f"{config.cache_dir}: every byte is what was written\n"
 
@@ -76,7 +76,7 @@ def test_damage_is_named_and_repaired_by_encoding_what_is_lost_alone(config, run
 
     code, lines, errors = cache_command("repair", root)
     assert code == 2
-    assert lines[-1] == "records: 4 copied out of damaged files, 1 lost"
+    assert lines[-1] == "records: 5 copied out of damaged files, 1 lost"
     assert "RUN.yaml" in errors[-1]
 
     code, lines, errors = cache_command("repair", root, run_file())
@@ -127,7 +127,7 @@ def test_compaction_and_garbage_collection(config, run_config, cache_command, ed
 def test_an_export_is_the_cache_of_the_same_run(config, run_config, cache_command, tmp_path):
     target = tmp_path / "tars"
     code, lines, _ = cache_command("export", config.cache_dir, target, "--backend", "webdataset")
-    assert (code, lines) == (0, [f"{target}: 6 samples, 11 of 11 records copied"])
+    assert (code, lines) == (0, [f"{target}: 6 samples, 12 of 12 records copied"])
     moved = run_config(cache_path=str(target), cache_backend="webdataset")
     assert data_process(moved).state == "Cached"
     assert plan_train(moved).key == plan_train(config).key
@@ -157,7 +157,7 @@ def test_explain_says_what_changed_since_the_seal(config, run_file, cache_comman
     def changes(**parameters):
         code, lines, _ = cache_command("explain", root, run_file(**parameters), "--sample", "")
         assert code == 0
-        return lines[6 * 3 + 2 :]
+        return lines[7 * 3 + 2 :]
 
     assert changes() == ["samples: 6 as sealed, 0 changed, 0 new, 0 gone"]
     source = Cache.open(root).latest().source(1)

@@ -60,6 +60,7 @@ def test_the_gradients_of_the_text_encoder_are_those_of_diffusers_own_encoding(r
 
     from cache_store.store import Cache
     from diffsynth_pipe.contracts import load_family, load_task
+    from diffsynth_pipe.training.flow_match import SigmaDistribution
     from diffsynth_pipe.training.randomness import SampleDraws
     from diffsynth_pipe.training.sampler import BucketSampler
     from diffsynth_pipe.training.sources import CachedSource
@@ -75,14 +76,15 @@ def test_the_gradients_of_the_text_encoder_are_those_of_diffusers_own_encoding(r
     family, task = load_family("qwen_image"), load_task("sft")
     source = CachedSource(Cache.open(config.cache_dir).latest(), ["prompt", "latents"])
     (batch,) = source.batches([BucketSampler(source.bucket_sizes, 1, config.seed).plan(0)])
-    prompt = bytes(batch.fields["prompt"][0].flatten().tolist()).decode()
+    prompt = bytes(batch.fields["prompt"][0].flatten().tolist()[:-1]).decode()
     pipe = QwenImagePipeline.from_pretrained(tiny_repo, vae=None, dtype=torch.float32)
     with torch.enable_grad():
         embeddings, _ = pipe.encode_prompt(prompt)
         batch.fields["prompt_emb"], batch.lengths["prompt_emb"] = embeddings, torch.tensor([embeddings.shape[1]])
         batch.fields["latents"] = batch.fields["latents"].float()
         draws = SampleDraws(config.seed, batch.sample_ids, batch.visits)
-        task.loss(family, {"dit": pipe.transformer}, batch, draws).mean().backward()
+        levels = SigmaDistribution(family.schedule, config)
+        task.loss(family, {"dit": pipe.transformer}, batch, draws, levels).mean().backward()
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     weight = pipe.text_encoder.get_parameter(name)
     assert weight.grad.abs().max() > 0

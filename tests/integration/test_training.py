@@ -22,6 +22,7 @@ from diffsynth_pipe.stages.data_process import data_process
 from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.train import main
+from diffsynth_pipe.training.flow_match import SigmaDistribution
 from diffsynth_pipe.training.loss_module import LossModule
 from diffsynth_pipe.training.randomness import SampleDraws
 from diffsynth_pipe.training.run_dir import list_checkpoints
@@ -80,7 +81,7 @@ def train_by_hand(cache_dir, repository, parameters):
                 torch.from_numpy(raw.fields[f]).view(torch.bfloat16).float() for f in ("latents", "prompt_emb")
             )
             draws = SampleDraws(0, raw.sample_ids, [visit])
-            noise, place = draws.noise(latents), int(draws.timestep_index(1000))
+            noise, place = draws.noise(latents), int(draws.uniform() * 1000)
             noisy = ((1 - sigmas[place]) * latents + sigmas[place] * noise).float()
             _, channels, _, height, width = latents.shape
             pack = lambda x: QwenImagePipeline._pack_latents(x, 1, channels, height, width)  # noqa: B023, E731
@@ -171,7 +172,8 @@ def test_diffusers_loads_the_lora_and_gives_the_loss_that_training_ended_with(pa
     source = CachedSource(Cache.open(cache_dir).latest(), ["latents", "prompt_emb"])
 
     def loss():
-        model = LossModule(FAMILY, load_task("sft"), {"dit": pipe.transformer})
+        levels = SigmaDistribution(FAMILY.schedule, load_config(None, parameters))
+        model = LossModule(FAMILY, load_task("sft"), {"dit": pipe.transformer}, levels)
         return Validator(model, source, Accelerator(), torch.float32, num_samples=3, held_out=False).measure(0).loss
 
     assert loss() == pytest.approx(run["loss_before"], rel=1e-7)

@@ -111,6 +111,7 @@ OTHER_VALUES = {
     "fp8_models": ('["a/b:c*", ["d", "e"]]', ["a/b:c*", ["d", "e"]], "nothing"),
     "offload_models": ("a, b:c*", ["a", "b:c*"], "nothing"),
     "resume_from_checkpoint": ("a.safetensors", "a.safetensors", "nothing"),
+    "extra_inputs": ("seed", "seed", "cache"),
     "learning_rate": ("1e-5", 1e-5, "weights"),
     "num_epochs": ("2", 2, "weights"),
     "trainable_models": ("text_encoder", "text_encoder", "weights"),
@@ -158,6 +159,19 @@ OTHER_VALUES = {
     "batch_size": ("2", 2, "weights"),
     "max_grad_norm": ("0.5", 0.5, "weights"),
     "seed": ("7", 7, "weights"),
+    "max_timestep_boundary": ("0.358", 0.358, "weights"),
+    "min_timestep_boundary": ("0.358", 0.358, "weights"),
+    "timestep_sampling": ("uniform", "uniform", "weights"),
+    "logit_mean": ("-0.5", -0.5, "weights"),
+    "logit_std": ("0.5", 0.5, "weights"),
+    "timestep_shift": ("3", 3.0, "weights"),
+    "min_sigma": ("0.5", 0.5, "weights"),
+    "max_sigma": ("0.5", 0.5, "weights"),
+    "stratified_timesteps": ("true", True, "weights"),
+    "snap_timesteps_to_bf16": ("true", True, "weights"),
+    "loss_weighting": ("none", "none", "weights"),
+    "min_snr_gamma": ("2", 2.0, "weights"),
+    "caption_dropout": ("0.1", 0.1, "weights"),
     "gradient_checkpointing_backend": ("deepspeed", "deepspeed", "nothing"),
     "nvme_path": ("/nvme", "/nvme", "nothing"),
     "enable_tensorboard_log": ("true", True, "nothing"),
@@ -175,15 +189,21 @@ OTHER_VALUES = {
 }
 SUPPORTED = [name for name in RunConfig.model_fields if field_metadata(name)["supported"]]
 UNSUPPORTED = [name for name in RunConfig.model_fields if not field_metadata(name)["supported"]]
+LOGIT_NORMAL = {"timestep_sampling": "logit_normal"}
 PARTNER = {
     "height": {"width": "384"},
     "width": {"height": "512"},
     "lr_warmup_steps": {"lr_scheduler": "cosine"},
     "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
     "lr_power": {"lr_scheduler": "polynomial"},
+    "ema_decay": {"use_ema": "true"},
     "gradient_checkpointing_backend": {"use_gradient_checkpointing": "true"},
     "swanlab_project": {"enable_swanlab_log": "true"},
     "wandb_project": {"enable_wandb_log": "true"},
+    "logit_mean": LOGIT_NORMAL,
+    "logit_std": LOGIT_NORMAL,
+    "timestep_shift": LOGIT_NORMAL,
+    "min_snr_gamma": {"loss_weighting": "min_snr"},
 }
 
 
@@ -278,8 +298,9 @@ def test_flags_yaml_and_schema_have_the_same_names_and_defaults():
 
 @pytest.mark.parametrize(("name", "other"), [(name, OTHER_VALUES[name][0]) for name in OTHER_VALUES])
 def test_a_field_changes_only_the_key_that_it_decides(name, other):
+    before = config(**{key: value for key, value in PARTNER.get(name, {}).items() if key not in ("height", "width")})
     after = config(**PARTNER.get(name, {}) | {name: other})
-    changed = [kind for kind in ("cache", "weights", "nothing") if config().keyed(kind) != after.keyed(kind)]
+    changed = [kind for kind in ("cache", "weights", "nothing") if before.keyed(kind) != after.keyed(kind)]
     decides = OTHER_VALUES[name][2]
     assert changed == ([decides] if decides else [])
 
@@ -312,7 +333,7 @@ def test_an_unsupported_field_is_refused_unless_at_its_default(name):
         ("num_epochs", "1.5"),
         ("num_epochs", True),
         ("weight_decay", "-0.1"),
-        ("task", "direct_distill"),
+        ("task", "trajectory_imitation"),
         ("task", "sft:"),
         ("task", "sft:preview"),
         ("output_path", 3),
@@ -333,6 +354,13 @@ def test_an_unsupported_field_is_refused_unless_at_its_default(name):
         ("batch_size", 0),
         ("batch_size", None),
         ("max_grad_norm", 0),
+        ("timestep_sampling", "sigmoid"),
+        ("timestep_shift", "height"),
+        ("timestep_shift", 0),
+        ("logit_std", 0),
+        ("min_sigma", -0.1),
+        ("max_timestep_boundary", 1.5),
+        ("loss_weighting", "snr"),
         ("seed", -1),
         ("seed", 2**63),
         ("remove_prefix_in_ckpt", "dit."),
@@ -429,6 +457,59 @@ def test_what_decides_when_a_run_stops_early_decides_the_weights(name):
     assert config(**change).keyed("weights") == config().keyed("weights")
     stopping = {"early_stopping_patience": 2}
     assert config(**stopping, **change).keyed("weights") != config(**stopping).keyed("weights")
+
+
+def test_the_shift_by_resolution_is_a_word():
+    assert config(timestep_sampling="uniform", timestep_shift="resolution").timestep_shift == "resolution"
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        (
+            {"logit_mean": 1},
+            "logit_mean: has no effect with timestep_sampling 'grid'; set timestep_sampling to logit_normal",
+        ),
+        (
+            {"logit_std": 2, "timestep_sampling": "uniform"},
+            "logit_std: has no effect with timestep_sampling 'uniform'; set timestep_sampling to logit_normal",
+        ),
+        (
+            {"timestep_shift": 3},
+            "timestep_shift: has no effect with timestep_sampling 'grid'; "
+            "set timestep_sampling to uniform or logit_normal",
+        ),
+        (
+            {"max_timestep_boundary": 0.5, "timestep_sampling": "uniform"},
+            "max_timestep_boundary: has no effect with timestep_sampling 'uniform'; set timestep_sampling to grid",
+        ),
+        (
+            {"snap_timesteps_to_bf16": True, "timestep_sampling": "logit_normal"},
+            "snap_timesteps_to_bf16: has no effect with timestep_sampling 'logit_normal'; "
+            "set timestep_sampling to grid",
+        ),
+        (
+            {"min_snr_gamma": 1},
+            "min_snr_gamma: has no effect with loss_weighting 'bell'; set loss_weighting to min_snr",
+        ),
+        (
+            {"min_timestep_boundary": 0.5, "max_sigma": 0.5},
+            "min_timestep_boundary, max_timestep_boundary, min_sigma, max_sigma: set a range of timesteps or one of "
+            "sigmas, not both",
+        ),
+        (
+            {"min_timestep_boundary": 0.5, "max_timestep_boundary": 0.5},
+            "min_timestep_boundary, max_timestep_boundary: the range from 0.5 to 0.5 is empty",
+        ),
+        (
+            {"task": "direct_distill:train", "loss_weighting": "none"},
+            "loss_weighting: has no effect with task 'direct_distill:train', which draws no levels; leave it out",
+        ),
+        ({"min_sigma": 0.7, "max_sigma": 0.6}, "min_sigma, max_sigma: the range from 0.7 to 0.6 is empty"),
+    ],
+)
+def test_noise_level_settings_that_contradict_each_other_are_refused(values, line):
+    assert error_line(dataset_base_path="data", **values) == line
 
 
 def test_all_wrong_parameters_are_named_at_once():

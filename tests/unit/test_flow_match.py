@@ -50,7 +50,7 @@ def test_grid_matches_the_reference_table(schedule, median, last, mean):
 )
 def test_weights_match_the_reference_table(schedule, weights):
     sigmas = sigma_grid(schedule)
-    computed = bell_weights(sigmas)
+    computed = bell_weights(sigmas, sigmas)
     assert computed.dtype == torch.float32
     assert float(computed.double().mean()) == pytest.approx(1, abs=1e-6)
     assert computed[0] == 0

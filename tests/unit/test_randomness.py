@@ -11,15 +11,15 @@ SHAPE = (16, 1, 4, 4)
 
 def draw(ids, visits, seed=0, **options):
     draws = SampleDraws(seed, ids, visits, **options)
-    return draws.noise(torch.empty(len(ids), *SHAPE)), draws.timestep_index(1000)
+    return draws.noise(torch.empty(len(ids), *SHAPE)), draws.uniform()
 
 
 def test_a_sample_draws_the_same_in_any_batch():
-    noise, index = draw(IDS, [0, 1, 2])
+    noise, uniform = draw(IDS, [0, 1, 2])
     torch.rand(3)
-    other_noise, other_index = draw([IDS[2], IDS[0]], [2, 0])
+    other_noise, other_uniform = draw([IDS[2], IDS[0]], [2, 0])
     assert torch.equal(other_noise, noise[[2, 0]])
-    assert torch.equal(other_index, index[[2, 0]])
+    assert torch.equal(other_uniform, uniform[[2, 0]])
 
 
 def test_like_gives_only_the_shape():
@@ -35,10 +35,10 @@ def test_like_gives_only_the_shape():
     ids=lambda value: next(iter(value)),
 )
 def test_every_part_of_the_key_counts(changed):
-    plain_noise, plain_index = draw([IDS[0]], [0])
-    noise, index = draw(**{"ids": [IDS[0]], "visits": [0], **changed})
+    plain_noise, plain_uniform = draw([IDS[0]], [0])
+    noise, uniform = draw(**{"ids": [IDS[0]], "visits": [0], **changed})
     assert not torch.equal(noise, plain_noise)
-    assert not torch.equal(index, plain_index)
+    assert not torch.equal(uniform, plain_uniform)
 
 
 def test_the_global_generator_is_left_alone():
@@ -58,17 +58,18 @@ def test_noise_is_standard_normal_and_independent():
     assert off_diagonal.std() == pytest.approx(256**-0.5, rel=0.05)
 
 
-def test_timesteps_are_uniform():
-    index = SampleDraws(0, ["a"] * 50_000, range(50_000)).timestep_index(1000)
-    assert index.min() == 0
-    assert index.max() == 999
-    counts = torch.bincount(index // 50, minlength=20).double()
+def test_what_decides_the_noise_level_is_uniform():
+    uniform = SampleDraws(0, ["a"] * 50_000, range(50_000)).uniform()
+    assert uniform.dtype == torch.float64
+    assert 0 <= uniform.min() < 1e-3
+    assert 0.999 < uniform.max() < 1
+    counts = torch.bincount((uniform * 20).long(), minlength=20).double()
     chi_square = ((counts - 2500) ** 2 / 2500).sum()
     assert chi_square < 43.8  # 99.9 % of chi-square with 19 degrees of freedom
 
 
 def test_draws_stay_what_they_were():
     """A change here breaks the comparison with every earlier run."""
-    noise, index = draw(IDS, [0, 1, 2], seed=7)
-    assert index.tolist() == [788, 172, 677]
+    noise, uniform = draw(IDS, [0, 1, 2], seed=7)
+    assert (uniform * 1000).floor().tolist() == [788, 172, 677]
     torch.testing.assert_close(noise[:, 0, 0, 0, 0], torch.tensor([0.788003, 0.563075, -0.187711]), rtol=0, atol=1e-6)

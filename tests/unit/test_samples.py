@@ -46,7 +46,7 @@ def config(folder, rows, **parameters):
 
 
 def listed(folder, rows, **parameters):
-    return list_samples(config(folder, rows, **parameters), FAMILY)
+    return list_samples(config(folder, rows, **parameters), FAMILY.units, FAMILY.size_multiple)
 
 
 def ids(folder, rows, **parameters):
@@ -128,7 +128,10 @@ def test_two_file_columns_share_a_bucket_only_if_both_sizes_agree(folder):
     settings = config(folder, [], data_file_keys="image, edit_image")
     rows = [{"image": "red.png", "prompt": "x", "edit_image": name} for name in ("green.png", "small.png")]
     (folder / "metadata.json").write_text(json.dumps(rows))
-    assert [s.bucket for s in list_samples(settings, family)] == ["48x64+48x64", "48x64+32x32"]
+    assert [s.bucket for s in list_samples(settings, family.units, family.size_multiple)] == [
+        "48x64+48x64",
+        "48x64+32x32",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -158,15 +161,15 @@ def test_missing_columns(folder):
     settings = config(folder, [])
     (folder / "metadata.json").write_text('[{"image": "red.png", "text": "x"}]')
     with pytest.raises(DataError, match=r"metadata.json: no column 'prompt', found image, text; add it"):
-        list_samples(settings, FAMILY)
+        list_samples(settings, FAMILY.units, FAMILY.size_multiple)
     (folder / "metadata.json").write_text('[{"image": "red.png", "prompt": "x"}, {"image": "red.png"}]')
     with pytest.raises(DataError, match=r"metadata.json row 2 \(red.png\): no 'prompt', found image; add it"):
-        list_samples(settings, FAMILY)
+        list_samples(settings, FAMILY.units, FAMILY.size_multiple)
 
 
 def test_settings_that_lead_nowhere(folder):
     with pytest.raises(ConfigError, match="dataset_metadata_path: not set"):
-        list_samples(RunConfig(dataset_base_path=str(folder)), FAMILY)
+        list_samples(RunConfig(dataset_base_path=str(folder)), FAMILY.units, FAMILY.size_multiple)
     with pytest.raises(ConfigError, match="data_file_keys: 'photo' names none of the columns prompt, image"):
         listed(folder, [("red.png", "x")], data_file_keys="photo")
     with pytest.raises(ConfigError, match="width: 100 is not a multiple of 16"):
@@ -175,7 +178,7 @@ def test_settings_that_lead_nowhere(folder):
 
 def test_the_demo_dataset_can_be_used():
     demo = RunConfig(dataset_base_path=str(DEMO), dataset_metadata_path=str(DEMO / "metadata.csv"))
-    samples = list_samples(demo, FAMILY)
+    samples = list_samples(demo, FAMILY.units, FAMILY.size_multiple)
     assert len(samples) == len(list((DEMO / "images").iterdir())) == 18
     assert len({sample.inputs["prompt"].digest for sample in samples}) == 17
     assert len({sample.bucket for sample in samples}) >= 4

@@ -1,8 +1,7 @@
-"""Supervised fine-tuning: weighted mean squared error of the velocity at a uniformly drawn noise level."""
+"""Supervised fine-tuning: weighted mean squared error of the velocity at a drawn noise level."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,17 +10,25 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from diffsynth_pipe.contracts import Batch, Draws, FlowMatchSchedule, ModelFamily
+    from diffsynth_pipe.contracts import Batch, Draws, EncodeUnit, ModelFamily, NoiseLevels
 
 
 class SupervisedFineTuning:
     """The task ``sft``."""
 
+    draws_noise_levels = True
+
+    def units(self, family: ModelFamily) -> tuple[EncodeUnit, ...]:
+        """Return the family's units."""
+        return family.units
+
     def fields(self, family: ModelFamily) -> tuple[str, ...]:
         """Return all that the family's units yield: the latents, and what conditions the denoiser."""
         return tuple(output.name for unit in family.units for output in unit.outputs)
 
-    def loss(self, family: ModelFamily, models: Mapping[str, Module], batch: Batch, draws: Draws) -> Tensor:
+    def loss(
+        self, family: ModelFamily, models: Mapping[str, Module], batch: Batch, draws: Draws, levels: NoiseLevels
+    ) -> Tensor:
         """Return w(σ) · mean((v(x_σ, σ) - (noise - latents))²) per sample, fp32 ``[batch]``.
 
         x_σ = (1-σ)·latents + σ·noise is computed in fp32 and handed to the model in the dtype of the batch.
@@ -29,22 +36,12 @@ class SupervisedFineTuning:
         from diffsynth_pipe.training.flow_match import add_noise
 
         latents = batch.fields[family.latents_field]
-        sigmas, weights = _grid(family.schedule)
-        index = draws.timestep_index(len(sigmas))
-        sigma, weight = sigmas[index].to(latents.device), weights[index].to(latents.device)
+        level = levels.draw(draws.uniform(), family.num_tokens(latents.shape))
         noise = draws.noise(latents)
-        noisy = add_noise(latents.float(), noise, sigma)
-        velocity = family.predict_velocity(models, batch, noisy.to(latents.dtype), sigma)
+        noisy = add_noise(latents, noise, level.sigma.to(latents.device))
+        velocity = family.predict_velocity(models, batch, noisy.to(latents.dtype), level.model_sigma.to(latents.device))
         error = velocity.float() - (noise - latents.float())
-        return error.square().flatten(1).mean(1) * weight
-
-
-@cache
-def _grid(schedule: FlowMatchSchedule) -> tuple[Tensor, Tensor]:
-    from diffsynth_pipe.training.flow_match import bell_weights, sigma_grid
-
-    sigmas = sigma_grid(schedule)
-    return sigmas, bell_weights(sigmas)
+        return error.square().flatten(1).mean(1) * level.weight.to(latents.device)
 
 
 PLUGIN = SupervisedFineTuning()
