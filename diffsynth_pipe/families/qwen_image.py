@@ -150,8 +150,8 @@ def draw_noise(_: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Draw the noise that a seed stands for: ``noise`` [16, 1, height/8, width/8].
 
     It is drawn in float32 and rounded to bfloat16 when it is stored, as the reference does. diffusers' pipeline draws
-    in its own dtype; in bfloat16 torch's CPU rounds the same float32 numbers, as 16 divides their count. CUDA draws others
-    than the CPU for the same seed.
+    in its own dtype; in bfloat16 torch's CPU rounds the same float32 numbers, as 16 divides their count. CUDA draws
+    others than the CPU for the same seed.
 
     Raises:
         DataError: The noise is to be drawn on a device that is not here.
