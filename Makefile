@@ -48,8 +48,9 @@ bench: $(INSTALLED)  ## Measure the cache reader, on disk and S3, the sampler at
 	$(BIN)/python tests/bench/bench_s3.py
 	$(BIN)/python tests/bench/bench_engines.py
 
-torture: $(INSTALLED)  ## Kill and damage caches for minutes
+torture: $(INSTALLED)  ## Kill and damage caches, and kill a training, for minutes
 	$(BIN)/python tests/integration/torture_cache.py
+	$(BIN)/python tests/integration/torture_training.py
 
 clean-demo:  ## Remove what the demo wrote
 	rm -rf $(DEMO)

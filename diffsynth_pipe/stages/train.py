@@ -194,7 +194,7 @@ def _train(
         accelerator, model, lambda: _first_loss(config, accelerator, model, train_source)
     )
     engine = engines.start(accelerator, model, config)
-    result = Loop(
+    loop = Loop(
         config,
         key=plan.key,
         engine=engine,
@@ -204,7 +204,8 @@ def _train(
         outputs=outputs,
         run_dir=run_dir,
         resume=resume,
-    ).run()
+    )
+    result = loop.run()
     run: dict[str, Any] = {
         "key": plan.key,
         "num_steps": result.num_steps,
@@ -223,6 +224,7 @@ def _train(
     if accelerator.is_main_process:
         run["digests"] = {file: file_digest(run_dir / file) for file in result.files}
         replace_file(run_dir / "run.json", (json.dumps(run, indent=2) + "\n").encode(), run_dir)
+        loop.drop_states()
     accelerator.end_training()
     return StageResult(stage="train", state=STATE_OF_VERDICT[plan.verdict], key=plan.key, path=run_dir, summary=run)
 

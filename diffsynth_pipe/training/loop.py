@@ -202,9 +202,11 @@ class Loop:
         checkpoint, state = self._resume.checkpoint, self._resume.state
         folder = checkpoint.state_folder
         states.load_optimizer(self._engine, self._trainable, folder, state["optimizer"])
-        if self._config.use_ema and self._accelerator.is_main_process:
+        if self._config.use_ema:
+            weights = states.current_weights(self._engine, self._trainable)
+            averages = safetensors.torch.load_file(folder / f"{states.EMA}.safetensors") if weights else {}
             self._moving_average = MovingAverage(
-                safetensors.torch.load_file(folder / "ema.safetensors"), self._config.ema_decay
+                {name: averages[name].to(weight.device) for name, weight in weights.items()}, self._config.ema_decay
             )
         self._loss_before = state["loss_before"]
         self._validator.base = state["base_losses"]
@@ -336,7 +338,7 @@ class Loop:
             state_folder.mkdir()
             safetensors.torch.save_file(weights, state_folder / f"{states.WEIGHTS}.safetensors")
             if self._moving_average:
-                safetensors.torch.save_file(self._moving_average.weights, state_folder / "ema.safetensors")
+                safetensors.torch.save_file(self._moving_average.weights, state_folder / f"{states.EMA}.safetensors")
             numbers = states.write_optimizer(engine, self._trainable, state_folder)
             run_dirs.write_state(
                 state_folder,
@@ -354,12 +356,7 @@ class Loop:
 
         if is_main:
             checkpoint = run_dirs.publish(self._run_dir, step, write)
-            run_dirs.thin_out(
-                self._run_dir,
-                is_due=self._is_checkpoint_due,
-                limit=self._config.checkpoints_total_limit,
-                best=self._early_stopping.best_step,
-            )
+            self._thin_out(run_dirs.NUM_STATES)
         else:
             states.write_optimizer(engine, self._trainable, self._run_dir)  # its collectives, no file
             checkpoint = run_dirs.checkpoint_of(self._run_dir, step)
@@ -367,6 +364,19 @@ class Loop:
         num_bytes = sum(weight.nbytes for weight in weights.values())
         self._accelerator.print(f"saved {checkpoint.path.name}, gathered {num_bytes / 1e6:.2f} MB of trained weights")
         return checkpoint, files
+
+    def drop_states(self) -> None:
+        """Delete what only serves to resume, once the run is known to be finished; rank 0 alone."""
+        self._thin_out(0)
+
+    def _thin_out(self, num_states: int) -> None:
+        run_dirs.thin_out(
+            self._run_dir,
+            is_due=self._is_checkpoint_due,
+            limit=self._config.checkpoints_total_limit,
+            best=self._early_stopping.best_step,
+            num_states=num_states,
+        )
 
     def _validate(self, step: int, metrics: Metrics) -> Validation | None:
         validation = self._validator.measure(step)

@@ -5,7 +5,7 @@
     step-000072/
       dit_lora.safetensors                                one file per LoRA
       text_encoder/config.json, model.safetensors         one folder per fully trained model
-      training_state/weights.safetensors, exp_avg.safetensors ..., state.json    only in the newest two
+      training_state/weights.safetensors, ..., state.json    only in the newest two, until the run is finished
 """
 
 from __future__ import annotations
@@ -142,20 +142,24 @@ def publish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Checkpoi
     return checkpoint
 
 
-def thin_out(run_dir: Path, *, is_due: Callable[[int], bool], limit: int | None, best: int | None) -> None:
+def thin_out(
+    run_dir: Path, *, is_due: Callable[[int], bool], limit: int | None, best: int | None, num_states: int = NUM_STATES
+) -> None:
     """Delete what newer checkpoints have made superfluous.
 
     Args:
-        run_dir: The run.
+        run_dir: The run; it has a checkpoint.
         is_due: Whether a checkpoint of this step was asked for; others only serve to resume.
         limit: How many of those that were asked for to keep; None for all.
         best: Step of the checkpoint that is kept whatever its age.
+        num_states: How many of the newest keep their training state.
     """
     *older, newest = list_checkpoints(run_dir)
     asked_for = [checkpoint for checkpoint in [*older, newest] if is_due(checkpoint.step)]
     kept = {checkpoint.step for checkpoint in (asked_for[-limit:] if limit else asked_for)} | {best, newest.step}
-    with_state = {checkpoint.step for checkpoint in resumable(run_dir)[-NUM_STATES:]}
-    for checkpoint in older:
+    states = resumable(run_dir)
+    with_state = {checkpoint.step for checkpoint in states[max(0, len(states) - num_states) :]}
+    for checkpoint in [*older, newest]:
         if checkpoint.step not in kept and checkpoint.step not in with_state:
             _delete(checkpoint.path, run_dir)
         elif checkpoint.is_resumable and checkpoint.step not in with_state:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffsynth_pipe.training.engine import Engine
 
 WEIGHTS = "weights"
+EMA = "ema"
 
 
 def master_weights(engine: Engine, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
@@ -50,7 +51,7 @@ def current_weights(engine: Engine, parameters: Mapping[str, Parameter]) -> dict
     return {name: parameter.detach() for name, parameter in parameters.items() if is_main}
 
 
-def write_optimizer(engine: Engine, parameters: Mapping[str, Parameter], folder: Path) -> dict[str, Any]:
+def write_optimizer(engine: Engine, parameters: Mapping[str, Parameter], folder: Path) -> dict[str, dict[str, float]]:
     """Write the optimizer's state, one file per kind of tensor. Every rank must take part.
 
     Args:
@@ -59,10 +60,12 @@ def write_optimizer(engine: Engine, parameters: Mapping[str, Parameter], folder:
         folder: Gets the files, on rank 0.
 
     Returns:
-        The state's numbers, such as AdamW's step: kind to value.
+        The state's numbers, such as AdamW's step: kind to parameter to value.
+
+    Raises:
+        LaunchError: The state holds something else, which could not be restored.
     """
-    inner = _inner_optimizer(engine)
-    kinds, numbers = _kinds(inner)
+    kinds, numbers = _kinds(engine, parameters)
     for kind in kinds:
         tensors = dict(_gathered(engine, parameters, kind))
         if engine.accelerator.is_main_process:
@@ -91,7 +94,7 @@ def load_weights(parameters: Mapping[str, Parameter], file: Path) -> None:
 
 
 def load_optimizer(
-    engine: Engine, parameters: Mapping[str, Parameter], folder: Path, numbers: Mapping[str, Any]
+    engine: Engine, parameters: Mapping[str, Parameter], folder: Path, numbers: Mapping[str, Mapping[str, float]]
 ) -> None:
     """Give an engine that has taken no step yet the master weights and the optimizer's state.
 
@@ -101,56 +104,64 @@ def load_optimizer(
         folder: What ``write_optimizer`` and the weights were written to.
         numbers: What ``write_optimizer`` returned.
     """
+    kinds = sorted(path.stem for path in folder.glob("*.safetensors") if path.stem not in (WEIGHTS, EMA))
+    stored: dict[str, Any] = {
+        kind: safetensors.safe_open(folder / f"{kind}.safetensors", framework="pt") for kind in [WEIGHTS, *kinds]
+    }
     inner = _inner_optimizer(engine)
-    kinds = sorted(path.stem for path in folder.glob("*.safetensors") if path.stem not in (WEIGHTS, "ema"))
-    for parameter in _stepped_on(engine, inner):
-        inner.state[parameter] = {kind: torch.zeros_like(parameter, requires_grad=False) for kind in kinds} | {
-            kind: torch.tensor(value) if isinstance(value, float) else value for kind, value in numbers.items()
-        }
-    if _is_zero(engine) and not _is_zero3(parameters):
-        engine.optimizer.optimizer._lazy_init_hp_params_optimizer_state()  # type: ignore[attr-defined]
-    for kind in [None, *kinds] if _is_zero(engine) else kinds:
-        with safetensors.safe_open(folder / f"{kind or WEIGHTS}.safetensors", framework="pt") as stored:
-            for name, parameter in parameters.items():
-                _set(engine, parameter, stored.get_tensor(name), kind)
-
-
-def _stepped_on(engine: Engine, inner: Any) -> list[Tensor]:
-    """Return the tensors that torch's optimizer steps on: the parameters, or ZeRO's flat pieces of them."""
+    if not _is_zero(engine):
+        for name, parameter in parameters.items():
+            tensors = {kind: stored[kind].get_tensor(name) for kind in kinds if name in stored[kind].keys()}  # noqa: SIM118
+            state = {kind: tensor.to(parameter.device) for kind, tensor in tensors.items()}
+            state |= {kind: _number(values[name]) for kind, values in numbers.items() if name in values}
+            if state:  # there is none of a parameter that never had a gradient
+                inner.state[parameter] = state
+        return
     zero: Any = engine.optimizer.optimizer  # type: ignore[attr-defined]
-    if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3 hands them over during a step only
-        pieces: list[Tensor] = zero.fp32_partitioned_groups_flat
-        return pieces
-    return [parameter for group in inner.param_groups for parameter in group["params"]]
+    is_zero3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    # ZeRO-3 hands its flat pieces to torch's optimizer during a step only.
+    pieces = zero.fp32_partitioned_groups_flat if is_zero3 else [group["params"][0] for group in inner.param_groups]
+    for piece in pieces:
+        inner.state[piece] = {kind: torch.zeros_like(piece, requires_grad=False) for kind in kinds} | {
+            kind: _number(max(values.values())) for kind, values in numbers.items()
+        }
+    if not is_zero3:
+        zero._lazy_init_hp_params_optimizer_state()  # or there is nothing to set before the first step
+    for kind, file in stored.items():
+        names = set(file.keys())
+        for name, parameter in parameters.items():
+            if name in names:
+                _set_in_zero(engine, parameter, file.get_tensor(name), None if kind == WEIGHTS else kind)
 
 
-def _kinds(inner: Any) -> tuple[list[str], dict[str, Any]]:
-    """Return the names of the state's tensors that are shaped as their weights, and its numbers.
-
-    Raises:
-        LaunchError: The state holds something else, which could not be restored.
-    """
+def _kinds(engine: Engine, parameters: Mapping[str, Parameter]) -> tuple[list[str], dict[str, dict[str, float]]]:
+    """Return the names of the state's tensors that are shaped as their weights, and its numbers by parameter."""
+    names = {parameter: [name] for name, parameter in parameters.items()}
     kinds: set[str] = set()
-    numbers: dict[str, Any] = {}
-    for parameter, state in inner.state.items():
+    numbers: dict[str, dict[str, float]] = {}
+    for stepped_on, state in _inner_optimizer(engine).state.items():
         for kind, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.ndim:
+            if isinstance(value, torch.Tensor) and value.shape == stepped_on.shape and value.ndim:
                 kinds.add(kind)
                 continue
             number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-            if not isinstance(number, int | float) or numbers.setdefault(kind, number) != number:
+            if not isinstance(number, int | float):
                 raise LaunchError(f"the optimizer's {kind!r} cannot be saved; choose another --customized_optimizer")
+            # A flat piece of ZeRO's stands for all parameters: they step together.
+            numbers.setdefault(kind, {}).update(dict.fromkeys(names.get(stepped_on, parameters), number))
     return sorted(kinds), numbers
+
+
+def _number(value: float) -> Tensor | int:
+    """Return a number as an optimizer keeps it: torch's as fp32 tensors, DeepSpeed's as ints."""
+    return torch.tensor(value) if isinstance(value, float) else value
 
 
 def _gathered(engine: Engine, parameters: Mapping[str, Parameter], kind: str | None) -> Iterator[tuple[str, Tensor]]:
     """Yield each parameter's fp32 weight, or its tensor of this kind in the optimizer's state; on rank 0 alone."""
-    inner = _inner_optimizer(engine)
     for name, parameter in parameters.items():
         if not _is_zero(engine):
-            value = parameter.detach() if kind is None else inner.state.get(parameter, {}).get(kind)
-            if value is None:  # it never had a gradient
-                value = torch.zeros_like(parameter)
+            value = parameter.detach() if kind is None else _inner_optimizer(engine).state.get(parameter, {}).get(kind)
         elif kind is None:
             from deepspeed.utils import safe_get_full_fp32_param
 
@@ -159,16 +170,12 @@ def _gathered(engine: Engine, parameters: Mapping[str, Parameter], kind: str | N
             from deepspeed.utils import safe_get_full_optimizer_state
 
             value = safe_get_full_optimizer_state(parameter, kind)
-        if engine.accelerator.is_main_process:
+        if engine.accelerator.is_main_process and value is not None:
             whole_value = value.reshape(_shape(parameter))
             yield name, whole_value.to("cpu", whole_value.dtype if kind else torch.float32, copy=True).contiguous()
 
 
-def _set(engine: Engine, parameter: Parameter, value: Tensor, kind: str | None) -> None:
-    if not _is_zero(engine):
-        state = _inner_optimizer(engine).state[parameter]
-        state[kind].copy_(value)
-        return
+def _set_in_zero(engine: Engine, parameter: Parameter, value: Tensor, kind: str | None) -> None:
     from deepspeed import utils
 
     if not hasattr(parameter, "ds_id"):
@@ -195,10 +202,6 @@ def _shape(parameter: Parameter) -> tuple[int, ...]:
 
 def _is_zero(engine: Engine) -> bool:
     return hasattr(engine.model, "zero_optimization_stage")
-
-
-def _is_zero3(parameters: Mapping[str, Parameter]) -> bool:
-    return any(hasattr(parameter, "ds_id") for parameter in parameters.values())
 
 
 def _inner_optimizer(engine: Engine) -> Any:

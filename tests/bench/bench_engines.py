@@ -11,9 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "integration")]
 
-from test_engines import DEPLOY, FAMILY, launch, trained, write_cache
+from random_cache import FAMILY, write_cache
+from test_engines import DEPLOY, ONE_SHAPE, launch, trained
 
 MAX_LOSS_DIFFERENCE = 1e-5
 MAX_WEIGHT_DIFFERENCE = 1e-4
@@ -43,7 +44,7 @@ def main(folder: Path) -> int:
     FAMILY.write_tiny(folder / "tiny")
     parameters = {
         "task": "sft:train",
-        "dataset_base_path": str(write_cache(folder / "cache")),
+        "dataset_base_path": str(write_cache(folder / "cache", ONE_SHAPE)),
         "model_paths": json.dumps([str(folder / "tiny" / "transformer" / "diffusion_pytorch_model.safetensors")]),
         "lora_base_model": "dit",
         "lora_rank": 4,

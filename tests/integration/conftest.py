@@ -3,15 +3,9 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
-import torch
+from random_cache import write_cache
 
-from cache_store.store import Cache, SealedSample
-from diffsynth_pipe.contracts import load_family
-
-SAMPLES = {"64x64": ((8, 8), (5, 9, 3, 12)), "64x32": ((8, 4), (7, 4))}
-FAMILY = load_family("qwen_image")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
 MAX_GRAD_NORM = 2e-3  # low enough to clip most steps of the tiny model
 
@@ -31,24 +25,7 @@ def _fresh_accelerate(monkeypatch):
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):
     """A sealed cache of random fields, two shapes and prompts of six lengths."""
-    root = tmp_path_factory.mktemp("cache")
-    rng = np.random.default_rng(0)
-    specs = {unit.name: unit.outputs for unit in FAMILY.units}
-    cache, samples = Cache.open_or_new(root), []
-    with cache.writer() as writer:
-        for bucket, (size, lengths) in SAMPLES.items():
-            for length in lengths:
-                key = f"{len(samples):032x}"
-                writer.add("latents", key, {"latents": random_bf16(rng, (16, 1, *size))}, specs["latents"])
-                writer.add("text", key, {"prompt_emb": random_bf16(rng, (length, 64))}, specs["text"])
-                keys = {"latents": key, "text": key}
-                samples.append(SealedSample(sample_id=key, bucket=bucket, source=f"row {len(samples)}", keys=keys))
-    cache.seal(samples, {"family": "qwen_image"})
-    return root
-
-
-def random_bf16(rng, shape):
-    return torch.from_numpy(rng.standard_normal(shape)).to(torch.bfloat16).view(torch.uint16).numpy()
+    return write_cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

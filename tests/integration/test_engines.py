@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from random_cache import write_cache
 
-from cache_store.store import Cache, SealedSample
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import ComponentFiles, load_family
 from diffsynth_pipe.errors import ConfigError
@@ -22,45 +22,15 @@ from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.engine import _deepspeed_plugin, load_component, load_device
 from diffsynth_pipe.training.lora import add_lora
 
+ONE_SHAPE = {"64x64": ((8, 8), (5, 9, 3, 12))}
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FAMILY = load_family("qwen_image")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate(monkeypatch):
-    """Forget the process-wide state that accelerate keeps, as a new process would."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_DEEPSPEED"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):
-    return write_cache(tmp_path_factory.mktemp("cache"))
-
-
-def write_cache(root):
-    """Write a sealed cache of four random samples with prompts of different lengths."""
-    rng = np.random.default_rng(0)
-    specs = {unit.name: unit.outputs for unit in FAMILY.units}
-    cache, samples = Cache.open_or_new(root), []
-    with cache.writer() as writer:
-        for length in (5, 9, 3, 12):
-            key = f"{len(samples):032x}"
-            writer.add("latents", key, {"latents": random_bf16(rng, (16, 1, 8, 8))}, specs["latents"])
-            writer.add("text", key, {"prompt_emb": random_bf16(rng, (length, 64))}, specs["text"])
-            keys = {"latents": key, "text": key}
-            samples.append(SealedSample(sample_id=key, bucket="64x64", source=f"row {len(samples)}", keys=keys))
-    cache.seal(samples, {"family": "qwen_image"})
-    return root
-
-
-def random_bf16(rng, shape):
-    return torch.from_numpy(rng.standard_normal(shape)).to(torch.bfloat16).view(torch.uint16).numpy()
+    """A sealed cache of four random samples with prompts of different lengths."""
+    return write_cache(tmp_path_factory.mktemp("cache"), ONE_SHAPE)
 
 
 @pytest.fixture

@@ -153,6 +153,17 @@ def test_only_the_newest_states_and_the_wanted_checkpoints_are_kept(parameters):
     assert [checkpoint.step for checkpoint in resumable(run_dir)] == [5, 6]
     train(config)
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [7, 8, 9]
+    assert not resumable(run_dir)  # a finished run needs none
+
+
+def test_a_checkpoint_that_nobody_asked_for_gives_way_to_one_that_somebody_did(parameters):
+    changes = {"save_steps": 4}
+    stopped_at(parameters | changes, 3)
+    config = load_config(None, parameters | changes)
+    run_dir = plan_train(config).path
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [3]
+    train(config)
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [4, 8, 9]
 
 
 def test_a_state_holds_what_is_trained_and_nothing_of_the_base(parameters):

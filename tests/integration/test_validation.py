@@ -31,16 +31,6 @@ LEVELS = (125, 375, 625, 875)
 HELD_OUT = [f"{number:032x}" for number in (92, 93, 95)]  # the smallest ids; 94 must stay, the last of its bucket
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """Forget the process-wide state that accelerate keeps, as a new process would."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):
     """A sealed cache of random fields in two buckets; the ids descend from sample to sample."""

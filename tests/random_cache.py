@@ -1,0 +1,33 @@
+"""A sealed cache of random fields, for trainings that need no encoder."""
+
+import numpy as np
+import torch
+
+from cache_store.store import Cache, SealedSample
+from diffsynth_pipe.contracts import load_family
+
+FAMILY = load_family("qwen_image")
+SAMPLES = {"64x64": ((8, 8), (5, 9, 3, 12)), "64x32": ((8, 4), (7, 4))}
+"""Buckets: height and width of the latents, and the lengths of the prompts, one per sample."""
+
+
+def write_cache(root, buckets=SAMPLES):
+    """Write and seal a cache of the tiny Qwen-Image into a new folder; return the folder."""
+    rng = np.random.default_rng(0)
+    specs = {unit.name: unit.outputs for unit in FAMILY.units}
+    cache, samples = Cache.open_or_new(root), []
+    with cache.writer() as writer:
+        for bucket, (size, lengths) in buckets.items():
+            for length in lengths:
+                key = f"{len(samples):032x}"
+                writer.add("latents", key, {"latents": random_bf16(rng, (16, 1, *size))}, specs["latents"])
+                writer.add("text", key, {"prompt_emb": random_bf16(rng, (length, 64))}, specs["text"])
+                keys = {"latents": key, "text": key}
+                samples.append(SealedSample(sample_id=key, bucket=bucket, source=f"row {len(samples)}", keys=keys))
+    cache.seal(samples, {"family": "qwen_image"})
+    return root
+
+
+def random_bf16(rng, shape):
+    """Return bit patterns of standard normal numbers."""
+    return torch.from_numpy(rng.standard_normal(shape)).to(torch.bfloat16).view(torch.uint16).numpy()
