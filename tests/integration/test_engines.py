@@ -20,7 +20,7 @@ from diffsynth_pipe.contracts import ComponentFiles, load_family
 from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.engine import _deepspeed_plugin, load_component, load_device
-from diffsynth_pipe.training.lora import add_lora
+from diffsynth_pipe.training.lora import LoraSettings, add_lora
 
 ONE_SHAPE = {"64x64": ((8, 8), (5, 9, 3, 12))}
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -309,7 +309,7 @@ def plain_step(tiny_repo):
     from diffusers import QwenImageTransformer2DModel
 
     model = QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer").requires_grad_(False)
-    add_lora(model, FAMILY.lora_target_modules, 4, 0)
+    add_lora(model, LoraSettings(targets=FAMILY.lora_target_modules, rank=4, alpha=4.0), 0)
     generator = torch.Generator().manual_seed(0)
     velocity = model.train()(
         hidden_states=torch.randn(1, 16, 64, generator=generator),

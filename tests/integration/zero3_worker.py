@@ -14,7 +14,7 @@ from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import ComponentFiles, load_family
 from diffsynth_pipe.training import engine as engines
 from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function
-from diffsynth_pipe.training.lora import add_lora
+from diffsynth_pipe.training.lora import LoraSettings, add_lora
 from diffsynth_pipe.training.partitioned import load_partitioned
 
 FAMILY = load_family("qwen_image")
@@ -48,7 +48,7 @@ def is_same(streamed, expected):
 
 def first_step(model, accelerator, config):
     """Add a LoRA, take one training step with DeepSpeed's checkpointing; return loss, gradient norm, runs per block."""
-    add_lora(model, FAMILY.lora_target_modules, 4, 0)
+    add_lora(model, LoraSettings(targets=FAMILY.lora_target_modules, rank=4, alpha=4.0), 0)
     model.enable_gradient_checkpointing(checkpoint_function(config, engines.deepspeed_settings(accelerator)))
     runs = []
     for block in model.transformer_blocks:
