@@ -18,7 +18,8 @@ from diffsynth_pipe.contracts import load_family, load_task
 from diffsynth_pipe.stages.data_process import data_process
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.train import main
-from diffsynth_pipe.training.lora import add_lora
+from diffsynth_pipe.training.flow_match import SigmaDistribution
+from diffsynth_pipe.training.lora import LoraSettings, add_lora
 from diffsynth_pipe.training.loss_module import LossModule
 from diffsynth_pipe.training.randomness import SampleDraws
 from diffsynth_pipe.training.sources import CachedSource
@@ -142,7 +143,7 @@ def test_the_validation_is_that_of_diffusers_own_forward_with_and_without_the_lo
     assert validations_of(result.path)[-1]["validation_improvement"] == validation["improvement"]
 
 
-def test_the_base_is_the_model_without_its_lora_and_measuring_changes_nothing(cache_dir, tiny_repo):
+def test_the_base_is_the_model_without_its_lora_and_measuring_changes_nothing(cache_dir, tiny_repo, parameters):
     from accelerate import Accelerator
     from diffusers import QwenImageTransformer2DModel
 
@@ -150,14 +151,15 @@ def test_the_base_is_the_model_without_its_lora_and_measuring_changes_nothing(ca
     source = CachedSource(Cache.open(cache_dir).latest(), ["latents", "prompt_emb"])
 
     def validator():
-        model = LossModule(FAMILY, load_task("sft"), {"dit": dit})
+        levels = SigmaDistribution(FAMILY.schedule, load_config(None, parameters))
+        model = LossModule(FAMILY, load_task("sft"), {"dit": dit}, levels)
         return Validator(model, source, Accelerator(), torch.float32, num_samples=4, held_out=False)
 
     first = validator()
     plain = first.measure(0)
     assert (plain.improvement, plain.improvement_margin, plain.base_loss) == (0.0, 0.0, plain.loss)
 
-    add_lora(dit.train(), ["to_q", "to_v"], 4, 0)
+    add_lora(dit.train(), LoraSettings(targets=("to_q", "to_v"), rank=4, alpha=4.0), 0)
     for name, parameter in dit.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
@@ -211,7 +213,7 @@ def test_a_run_ends_when_its_patience_is_over_and_says_which_step_was_best(param
     assert 6 <= run["num_steps"] < 120
     assert run["best"] == {"step": 2 * losses.index(min(losses)) + 2, "loss": min(losses)}
     assert run["num_steps"] == run["best"]["step"] + 2 * 2
-    assert (result.path / f"step-{run['best']['step']:06d}.safetensors").exists()
+    assert (result.path / f"step-{run['best']['step']:06d}" / "dit_lora.safetensors").exists()
     out = capfd.readouterr().out
     assert f"stopped at step {run['num_steps']} of 120: no better validation since {run['best']['step']}" in out
 
