@@ -141,6 +141,20 @@ def test_a_token_budget_fills_the_batches_of_each_bucket(parameters, cache_dir, 
     assert_follows(lines, by_hand)
 
 
+def test_strata_reach_the_loss_and_do_not_depend_on_the_accumulation(parameters):
+    settings = {"timestep_sampling": "logit_normal", "timestep_shift": "resolution", "max_steps": 4}
+    runs = [{"batch_size": 4}, {"batch_size": 1, "gradient_accumulation_steps": 4}]
+    stratified = [
+        train(load_config(None, parameters | settings | {"stratified_timesteps": True} | run)) for run in runs
+    ]
+    one, other, plain = (
+        [line["loss"] for line in metrics(result.path)[0]]
+        for result in (*stratified, train(load_config(None, parameters | settings | runs[0])))
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert not np.isclose(one, plain, rtol=1e-3).any()
+
+
 def test_a_sample_beyond_the_token_budget_is_a_batch_of_its_own(parameters):
     lines, _ = metrics(train(load_config(None, {**parameters, "batch_size": 1, "max_batch_tokens": 3})).path)
     assert len(lines) == 18

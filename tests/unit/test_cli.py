@@ -86,7 +86,7 @@ def test_plan_shows_a_table_without_torch(tmp_path, tiny_repo):
         (["plan", "run.yaml", "--lora_rnak", "3"], "unknown argument '--lora_rnak'; did you mean '--lora_rank'?"),
         (["train", "run.yaml", "--lora_rank", "0"], "lora_rank: must be greater than or equal to 1, got '0'"),
         (["train", "run.yaml", "--lora_rank"], "argument --lora_rank: expected one argument"),
-        (["train", "run.yaml", "--fp8_models", "dit"], "fp8_models: not supported yet"),
+        (["train", "run.yaml", "--quant_options", "dit:x"], "quant_options: not supported yet"),
         (["train", "run.yaml", "--task", "sft:data_process"], "task: 'sft:data_process' has no train stage"),
         (["data-process", "run.yaml", "--task", "sft:train"], "task: 'sft:train' has no data_process stage"),
         (["run", "run.yaml", "--seed", "x"], "seed: must be a valid integer"),
