@@ -434,6 +434,13 @@ class RunConfig(BaseModel):
         "Seconds of encoding between commits: what a crash can cost. 0 commits each record.",
     )
     batch_size: Count = _setting("this project", "weights", 1, "Samples per micro-step and rank.")
+    max_batch_tokens: Count | None = _setting(
+        "this project",
+        "weights",
+        None,
+        "Instead of batch_size: as many samples per micro-step and rank as have this many latent tokens together, but"
+        " at least one. A token of Qwen-Image is 16x16 pixels, so 1024x1024 has 4096.",
+    )
     max_steps: Count | None = _setting(
         "this project", "weights", None, "Stop after this many optimizer steps, though num_epochs are not over."
     )
@@ -585,6 +592,13 @@ class RunConfig(BaseModel):
                     "'deepspeed'; set cpu_checkpointing in the DeepSpeed file's activation_checkpointing instead"
                 )
                 raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> Self:
+        if self.max_batch_tokens is not None and self.batch_size != 1:
+            message = f"batch_size, max_batch_tokens: set one, got {self.batch_size} and {self.max_batch_tokens}"
+            raise ValueError(message)
         return self
 
     @model_validator(mode="after")

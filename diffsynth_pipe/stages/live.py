@@ -64,6 +64,12 @@ class LiveSource:
         """Yield the ids of the samples of a bucket, in their order."""
         return (sample.sample_id for sample in self._buckets[bucket])
 
+    def field_shape(self, bucket: str, field: str) -> tuple[int, ...]:
+        """Return the shape that a field, not a ragged one, has in all samples of a bucket; one of them is encoded."""
+        (unit,) = (unit for unit in self._units if field in (spec.name for spec in unit.outputs))
+        record = encode(unit, self._components, load_inputs(unit, self._buckets[bucket][0].inputs))
+        return tuple(record[field].shape)
+
     def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
         """Yield one batch per plan, in order, on the CPU and in storage dtype.
 

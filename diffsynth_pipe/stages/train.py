@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from diffsynth_pipe.training.loop import ResumePoint
     from diffsynth_pipe.training.loss_module import LossModule
     from diffsynth_pipe.training.outputs import Output
+    from diffsynth_pipe.training.sampler import BucketSampler
     from diffsynth_pipe.training.sources import SampleSource
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def _cached_source(
         trained = ", ".join(sorted(trainable_models(config)))
         raise CacheMismatch(
             f"cache {snapshot.root} holds {', '.join(shapes)}, but training {trained} "
-            f"by {config.task_name} also needs {', '.join(missing)}; "
+            f"also needs {', '.join(missing)}; "
             "run data-process with this run's task, trainable_models and lora_base_model"
         )
     family.check_fields(json.loads((files["dit"].folder / "config.json").read_text(encoding="utf-8")), shapes)
@@ -137,6 +138,7 @@ def _train(
     from diffsynth_pipe.training.loop import Loop
     from diffsynth_pipe.training.lora_file import resolution_of
     from diffsynth_pipe.training.loss_module import LossModule
+    from diffsynth_pipe.training.sampler import BucketSampler
     from diffsynth_pipe.training.sources import hold_out
     from diffsynth_pipe.training.state import WEIGHTS, load_weights
     from diffsynth_pipe.training.weights import load_checkpoint
@@ -189,9 +191,16 @@ def _train(
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if resume:
         load_weights(trainable, resume.checkpoint.state_folder / f"{WEIGHTS}.safetensors")
+    num_micro_batches = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    sampler = BucketSampler(
+        train_source.bucket_sizes,
+        {bucket: size * num_micro_batches for bucket, size in _micro_batch_sizes(config, family, train_source).items()},
+        config.seed,
+        stratified=config.stratified_timesteps,
+    )
     begin = time.perf_counter()
     engines.set_find_unused_parameters(
-        accelerator, model, lambda: _first_loss(config, accelerator, model, train_source)
+        accelerator, model, lambda: _first_loss(config, accelerator, model, train_source, sampler)
     )
     engine = engines.start(accelerator, model, config)
     loop = Loop(
@@ -200,6 +209,7 @@ def _train(
         engine=engine,
         source=train_source,
         bank=bank,
+        sampler=sampler,
         trainable=trainable,
         outputs=outputs,
         run_dir=run_dir,
@@ -227,6 +237,16 @@ def _train(
         loop.drop_states()
     accelerator.end_training()
     return StageResult(stage="train", state=STATE_OF_VERDICT[plan.verdict], key=plan.key, path=run_dir, summary=run)
+
+
+def _micro_batch_sizes(config: RunConfig, family: ModelFamily, source: SampleSource) -> dict[str, int]:
+    """Return how many samples of each bucket make up a micro-batch of one rank."""
+    if config.max_batch_tokens is None:
+        return dict.fromkeys(source.bucket_sizes, config.batch_size)
+    num_tokens = {
+        bucket: family.num_tokens(source.field_shape(bucket, family.latents_field)) for bucket in source.bucket_sizes
+    }
+    return {bucket: max(1, config.max_batch_tokens // tokens) for bucket, tokens in num_tokens.items()}
 
 
 def _resume_point(run_dir: Path, key: str) -> ResumePoint | None:
@@ -318,18 +338,19 @@ def _make_trainable(
     return outputs
 
 
-def _first_loss(config: RunConfig, accelerator: Accelerator, model: LossModule, source: SampleSource) -> Tensor:
+def _first_loss(
+    config: RunConfig, accelerator: Accelerator, model: LossModule, source: SampleSource, sampler: BucketSampler
+) -> Tensor:
     """Return the mean loss of this rank's first micro-batch."""
     from diffsynth_pipe.training.engine import compute_dtype
     from diffsynth_pipe.training.randomness import SampleDraws
-    from diffsynth_pipe.training.sampler import BucketSampler
     from diffsynth_pipe.training.sources import to_device
 
     world_size = accelerator.num_processes
-    global_batch_size = config.batch_size * accelerator.gradient_accumulation_steps * world_size
-    plans = BucketSampler(source.bucket_sizes, global_batch_size, config.seed).plan(0)
-    plan = plans.micro_batches(rank=accelerator.process_index, world_size=world_size, batch_size=config.batch_size)[0]
-    (raw,) = source.batches([plan])
+    plan = sampler.plan(0)
+    batch_size = len(plan.indices) // (accelerator.gradient_accumulation_steps * world_size)
+    plans = plan.micro_batches(rank=accelerator.process_index, world_size=world_size, batch_size=batch_size)
+    (raw,) = source.batches(plans[:1])
     batch = to_device(raw, accelerator.device, compute_dtype())
     draws = SampleDraws.of(batch, config.seed)
     loss: Tensor = model(batch, draws)

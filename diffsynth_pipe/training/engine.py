@@ -259,7 +259,7 @@ def _deepspeed_plugin(config: RunConfig) -> DeepSpeedPlugin:
 
     path, settings = _read_deepspeed_file()
     parameters = {
-        "train_micro_batch_size_per_gpu": config.batch_size,
+        "train_micro_batch_size_per_gpu": config.batch_size,  # 1 under max_batch_tokens: DeepSpeed only logs it
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": config.max_grad_norm,
         "train_batch_size": config.batch_size * config.gradient_accumulation_steps * _launched_world_size(),

@@ -19,7 +19,6 @@ from diffsynth_pipe.training import state as states
 from diffsynth_pipe.training.metrics import LossByDecile, Metrics
 from diffsynth_pipe.training.optim import MovingAverage, learning_rates
 from diffsynth_pipe.training.randomness import CaptionDropout, SampleDraws
-from diffsynth_pipe.training.sampler import BucketSampler
 from diffsynth_pipe.training.signals import StopSignals
 from diffsynth_pipe.training.sources import to_device
 from diffsynth_pipe.training.validation import EarlyStopping, Validator
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from diffsynth_pipe.contracts import Batch
     from diffsynth_pipe.training.engine import Engine
     from diffsynth_pipe.training.outputs import Output
-    from diffsynth_pipe.training.sampler import BatchPlan
+    from diffsynth_pipe.training.sampler import BatchPlan, BucketSampler
     from diffsynth_pipe.training.sources import SampleSource
     from diffsynth_pipe.training.validation import Validation
 
@@ -87,6 +86,7 @@ class Loop:
         engine: Holds the models.
         source: Yields the samples to train on.
         bank: Yields the samples to validate with.
+        sampler: The order of the former, in global batches.
         trainable: What is trained, by the names in the ``LossModule``.
         outputs: What a checkpoint holds for users.
         run_dir: Gets ``metrics.jsonl`` and the checkpoints.
@@ -101,6 +101,7 @@ class Loop:
         engine: Engine,
         source: SampleSource,
         bank: SampleSource,
+        sampler: BucketSampler,
         trainable: Mapping[str, Parameter],
         outputs: Sequence[Output],
         run_dir: Path,
@@ -116,10 +117,7 @@ class Loop:
         self._run_dir = run_dir
         self._resume = resume
         self._num_micro_batches = self._accelerator.gradient_accumulation_steps * self._accelerator.num_processes
-        self._global_batch_size = config.batch_size * self._num_micro_batches
-        self._sampler = BucketSampler(
-            source.bucket_sizes, self._global_batch_size, config.seed, stratified=config.stratified_timesteps
-        )
+        self._sampler = sampler
         self._num_steps = self._sampler.num_steps(config.num_epochs * config.dataset_repeat)
         if config.max_steps is not None:
             self._num_steps = min(self._num_steps, config.max_steps)
@@ -240,10 +238,11 @@ class Loop:
     def _plans(self, first_step: int) -> Iterator[BatchPlan]:
         """Yield this rank's micro-batches from this step on, counted from 0."""
         for step in range(first_step, self._num_steps):
-            yield from self._sampler.plan(step).micro_batches(
+            plan = self._sampler.plan(step)
+            yield from plan.micro_batches(
                 rank=self._accelerator.process_index,
                 world_size=self._accelerator.num_processes,
-                batch_size=self._config.batch_size,
+                batch_size=len(plan.indices) // self._num_micro_batches,
             )
 
     def _batches(self, first_step: int) -> Generator[Batch]:
@@ -291,7 +290,7 @@ class Loop:
             "loss": mean_loss,
             "lr": learning_rate,
             "grad_norm": grad_norm,
-            "samples_per_s": round(self._global_batch_size / elapsed_s, 3),
+            "samples_per_s": round(len(sample_ids) * accelerator.num_processes / elapsed_s, 3),
             "data_wait_share": round(waited_s / elapsed_s, 4),
         }
 

@@ -103,28 +103,38 @@ class BucketSampler:
     stream is filled from the next pass: it borrows ``-passes * size % global_batch_size`` visits, fewer than a batch,
     and that pass does not repeat them. A pass's batches come in random order, so this one need not come last.
 
+    An optimizer step averages over its global batch, whatever its size: where buckets have batches of different sizes,
+    a sample of a large batch moves the weights less than one of a small batch.
+
     Args:
         sizes: Number of samples per bucket, all at least 1.
-        global_batch_size: Samples of one optimizer step, over all ranks and micro-batches.
+        global_batch_size: Samples of one optimizer step, over all ranks and micro-batches; of each bucket, or of all.
         seed: Seed of the order.
         stratified: Give each sample of a global batch a stratum of its own for its noise level.
     """
 
     def __init__(
-        self, sizes: Mapping[str, int], global_batch_size: int, seed: int, *, stratified: bool = False
+        self,
+        sizes: Mapping[str, int],
+        global_batch_size: int | Mapping[str, int],
+        seed: int,
+        *,
+        stratified: bool = False,
     ) -> None:
         self._sizes = dict(sizes)
-        self._global_batch_size = global_batch_size
+        self._global_batch_sizes = (
+            dict.fromkeys(sizes, global_batch_size) if isinstance(global_batch_size, int) else dict(global_batch_size)
+        )
         self._seed = seed
         self._stratified = stratified
 
     def num_steps(self, passes: int) -> int:
         """Return the number of optimizer steps of this many passes over the samples."""
-        return sum(self._num_batches(size, passes) for size in self._sizes.values())
+        return sum(self._num_batches(bucket, passes) for bucket in self._sizes)
 
     def finished_passes(self, step: int) -> int:
         """Return how many passes are over before this step."""
-        upper = step * self._global_batch_size // sum(self._sizes.values())
+        upper = step * max(self._global_batch_sizes.values()) // sum(self._sizes.values())
         return bisect.bisect_right(range(upper + 1), step, key=self.num_steps) - 1
 
     def plan(self, step: int) -> BatchPlan:
@@ -133,8 +143,8 @@ class BucketSampler:
         start = self.num_steps(epoch)
         order = KeyedPermutation(self.num_steps(epoch + 1) - start, f"{self._seed}/order/{epoch}")
         offset = int(order(np.array([step - start]))[0])
-        for bucket, size in self._sizes.items():
-            first, end = self._num_batches(size, epoch), self._num_batches(size, epoch + 1)
+        for bucket in self._sizes:
+            first, end = self._num_batches(bucket, epoch), self._num_batches(bucket, epoch + 1)
             if offset < end - first:
                 plan = self._batch(bucket, first + offset)
                 return self._with_slots(plan, step) if self._stratified else plan
@@ -146,13 +156,13 @@ class BucketSampler:
         slots = KeyedPermutation(num_slots, f"{self._seed}/slots/{step}")(np.arange(num_slots, dtype=np.int64))
         return plan._replace(slots=tuple(slots.tolist()), num_slots=num_slots)
 
-    def _num_batches(self, size: int, passes: int) -> int:
-        return -(-passes * size // self._global_batch_size)
+    def _num_batches(self, bucket: str, passes: int) -> int:
+        return -(-passes * self._sizes[bucket] // self._global_batch_sizes[bucket])
 
     def _batch(self, bucket: str, number: int) -> BatchPlan:
-        size = self._sizes[bucket]
-        start = number * self._global_batch_size
-        visits, places = np.divmod(np.arange(start, start + self._global_batch_size, dtype=np.int64), size)
+        size, global_batch_size = self._sizes[bucket], self._global_batch_sizes[bucket]
+        start = number * global_batch_size
+        visits, places = np.divmod(np.arange(start, start + global_batch_size, dtype=np.int64), size)
         passes, which = np.unique(visits, return_inverse=True)
         permutation = KeyedPermutation(size, *(f"{self._seed}/{bucket}/{number}" for number in passes.tolist()))
         return BatchPlan(bucket, tuple(permutation(places, which).tolist()), tuple(visits.tolist()))

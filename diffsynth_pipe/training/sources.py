@@ -45,6 +45,9 @@ class SampleSource(Protocol):
     def sample_ids(self, bucket: str) -> Iterator[str]:
         """Yield the ids of the samples of a bucket, in their order."""
 
+    def field_shape(self, bucket: str, field: str) -> tuple[int, ...]:
+        """Return the shape that a field, not a ragged one, has in all samples of a bucket."""
+
     def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
         """Yield one batch per plan, in order, on the CPU and in storage dtype.
 
@@ -94,6 +97,12 @@ class CachedSource:
     def sample_ids(self, bucket: str) -> Iterator[str]:
         """Yield the ids of the samples of a bucket, in their order."""
         return map(self._snapshot.sample_id, self._snapshot.bucket_members[bucket].tolist())
+
+    def field_shape(self, bucket: str, field: str) -> tuple[int, ...]:
+        """Return the shape that a field, not a ragged one, has in all samples of a bucket."""
+        (number,) = self._snapshot.placements(field, self._snapshot.bucket_members[bucket][:1])[:, 0].tolist()
+        shape: tuple[int, ...] = self._snapshot.arrays[number].layout.item_shape
+        return shape
 
     def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
         """Yield one batch per plan, in order.
@@ -169,6 +178,10 @@ class Subset:
         """Yield the ids of the samples of a bucket, in their order."""
         wanted = set(self._members[bucket].tolist())
         return (sample_id for place, sample_id in enumerate(self._source.sample_ids(bucket)) if place in wanted)
+
+    def field_shape(self, bucket: str, field: str) -> tuple[int, ...]:
+        """Return the shape that a field, not a ragged one, has in all samples of a bucket."""
+        return self._source.field_shape(bucket, field)
 
     def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
         """Yield one batch per plan, in order, as the source does."""

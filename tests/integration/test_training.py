@@ -51,7 +51,7 @@ def only_run_dir(parameters):
     return run_dir
 
 
-def train_by_hand(cache_dir, repository, parameters):
+def train_by_hand(cache_dir, repository, parameters, batch_sizes=2, num_steps=9):
     """Train in the plainest way that torch, diffusers and peft allow; return losses and norms of the gradients."""
     from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
     from peft import LoraConfig
@@ -70,9 +70,9 @@ def train_by_hand(cache_dir, repository, parameters):
 
     snapshot = Cache.open(cache_dir).latest()
     reader = BatchReader(snapshot, ["latents", "prompt_emb"])
-    sampler = BucketSampler({name: len(members) for name, members in snapshot.bucket_members.items()}, 2, 0)
+    sampler = BucketSampler({name: len(members) for name, members in snapshot.bucket_members.items()}, batch_sizes, 0)
     losses, norms = [], []
-    for step in range(9):
+    for step in range(num_steps):
         plan = sampler.plan(step)
         total = 0.0
         for index, visit in zip(plan.indices, plan.visits, strict=True):
@@ -92,7 +92,8 @@ def train_by_hand(cache_dir, repository, parameters):
                 img_shapes=[[(1, height // 2, width // 2)]],
                 return_dict=False,
             )[0]
-            loss = torch.nn.functional.mse_loss(velocity, pack(noise - latents)) * weights[place] / 2
+            loss = torch.nn.functional.mse_loss(velocity, pack(noise - latents)) * weights[place]
+            loss = loss / len(plan.indices)
             loss.backward()
             total += loss.item()
         norms.append(float(torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)))
@@ -125,6 +126,38 @@ def test_losses_are_those_of_a_plain_torch_loop(parameters, by_hand, changed):
     assert [line["epoch"] for line in lines] == [0] * 9
     assert_follows(lines, by_hand)
     assert result.summary["engine"] == "engine plain torch, world size 1, compute float32"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"max_batch_tokens": 39}, {"max_batch_tokens": 16, "gradient_accumulation_steps": 2}],
+    ids=["batch", "accumulation"],
+)
+def test_a_token_budget_fills_the_batches_of_each_bucket(parameters, cache_dir, dit_only, changed):
+    """Latents of 8x8 are 16 tokens, of 8x4 are 8: two or four samples fit, whole or in two micro-steps."""
+    by_hand = train_by_hand(cache_dir, dit_only, parameters, {"64x64": 2, "64x32": 4}, num_steps=8)
+    lines, _ = metrics(train(load_config(None, {**parameters, "batch_size": 1, **changed})).path)
+    assert len(lines) == 8
+    assert_follows(lines, by_hand)
+
+
+def test_strata_reach_the_loss_and_do_not_depend_on_the_accumulation(parameters):
+    settings = {"timestep_sampling": "logit_normal", "timestep_shift": "resolution", "max_steps": 4}
+    runs = [{"batch_size": 4}, {"batch_size": 1, "gradient_accumulation_steps": 4}]
+    stratified = [
+        train(load_config(None, parameters | settings | {"stratified_timesteps": True} | run)) for run in runs
+    ]
+    one, other, plain = (
+        [line["loss"] for line in metrics(result.path)[0]]
+        for result in (*stratified, train(load_config(None, parameters | settings | runs[0])))
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    assert not np.isclose(one, plain, rtol=1e-3).any()
+
+
+def test_a_sample_beyond_the_token_budget_is_a_batch_of_its_own(parameters):
+    lines, _ = metrics(train(load_config(None, {**parameters, "batch_size": 1, "max_batch_tokens": 3})).path)
+    assert len(lines) == 18
 
 
 def test_training_starts_from_a_checkpoint(parameters, cache_dir, tiny_repo, tmp_path):
@@ -225,15 +258,16 @@ def test_lora_file_says_what_it_was_made_from(parameters, cache_dir):
     assert (lineage["step"], lineage["seed"], lineage["lora_rank"], lineage["lora_alpha"]) == (9, 3, 4, 4)
 
 
-def test_live_encoding_trains_the_same_weights_as_the_cache(run_config):
-    config = run_config(max_pixels=1024, num_validation_samples=1)
+@pytest.mark.parametrize(("changed", "num_steps"), [({}, 6), ({"max_batch_tokens": 8}, 3)], ids=["samples", "tokens"])
+def test_live_encoding_trains_the_same_weights_as_the_cache(run_config, changed, num_steps):
+    config = run_config(max_pixels=1024, num_validation_samples=1, **changed)
     data_process(config)
     cached = train(config.model_copy(update={"task": "sft:train"}))
     live = train(config.model_copy(update={"output_path": f"{config.output_path}-live"}))
     assert live.key == cached.key
     assert live.summary["digests"] == cached.summary["digests"]
     (live_lines, _), (cached_lines, _) = metrics(live.path), metrics(cached.path)
-    assert len(cached_lines) == 6
+    assert len(cached_lines) == num_steps
     np.testing.assert_allclose(*([line["loss"] for line in lines] for lines in (live_lines, cached_lines)), rtol=1e-6)
 
 

@@ -156,6 +156,7 @@ OTHER_VALUES = {
     "cache_copies_path": ("copies", "copies", "nothing"),
     "cache_copies_gb": ("0.5", 0.5, "nothing"),
     "cache_commit_seconds": ("0.5", 0.5, "nothing"),
+    "max_batch_tokens": ("8192", 8192, "weights"),
     "batch_size": ("2", 2, "weights"),
     "max_grad_norm": ("0.5", 0.5, "weights"),
     "seed": ("7", 7, "weights"),
@@ -353,6 +354,7 @@ def test_an_unsupported_field_is_refused_unless_at_its_default(name):
         ("dataset_base_path", "s3://bucket/photos"),
         ("batch_size", 0),
         ("batch_size", None),
+        ("max_batch_tokens", 0),
         ("max_grad_norm", 0),
         ("timestep_sampling", "sigmoid"),
         ("timestep_shift", "height"),
@@ -510,6 +512,13 @@ def test_the_shift_by_resolution_is_a_word():
 )
 def test_noise_level_settings_that_contradict_each_other_are_refused(values, line):
     assert error_line(dataset_base_path="data", **values) == line
+
+
+def test_a_fixed_batch_size_beside_a_token_budget_is_refused():
+    assert (
+        error_line(dataset_base_path="data", batch_size=2, max_batch_tokens=100)
+        == "batch_size, max_batch_tokens: set one, got 2 and 100"
+    )
 
 
 def test_all_wrong_parameters_are_named_at_once():

@@ -70,6 +70,37 @@ def test_every_sample_comes_once_per_pass_and_the_last_batch_borrows_from_the_ne
     assert not seen
 
 
+@given(
+    sizes=sizes,
+    batch_sizes=st.fixed_dictionaries(dict.fromkeys("abcd", st.integers(1, 30))),
+    passes=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_each_bucket_may_have_a_batch_size_of_its_own(sizes, batch_sizes, passes, seed):
+    sampler = BucketSampler(sizes, batch_sizes, seed)
+    num_steps = sampler.num_steps(passes)
+    assert num_steps == sum(-(-passes * size // batch_sizes[bucket]) for bucket, size in sizes.items())
+    for step in range(num_steps):
+        plan = sampler.plan(step)
+        assert len(plan.indices) == batch_sizes[plan.bucket]
+        finished = sampler.finished_passes(step)
+        assert sampler.num_steps(finished) <= step < sampler.num_steps(finished + 1)
+    seen = visits_of(sampler, num_steps)
+    for bucket, size in sizes.items():
+        all_visits = [sorted(seen.pop((bucket, index))) for index in range(size)]
+        assert all(visits == list(range(len(visits))) and len(visits) >= passes for visits in all_visits)
+        assert sum(map(len, all_visits)) - passes * size == -passes * size % batch_sizes[bucket]
+    assert not seen
+
+
+@given(sizes=sizes, global_batch_size=st.integers(1, 30), seed=st.integers(0, 99), step=st.integers(0, 40))
+@settings(max_examples=40, deadline=None)
+def test_equal_batch_sizes_are_one_batch_size(sizes, global_batch_size, seed, step):
+    one = BucketSampler(sizes, global_batch_size, seed, stratified=True).plan(step)
+    assert BucketSampler(sizes, dict.fromkeys(sizes, global_batch_size), seed, stratified=True).plan(step) == one
+
+
 @given(sizes=sizes, global_batch_size=st.integers(1, 30), step=st.integers(0, 40), num_steps=st.integers(1, 10))
 @settings(max_examples=60, deadline=None)
 def test_an_order_goes_on_from_any_step(sizes, global_batch_size, step, num_steps):
@@ -178,11 +209,12 @@ def test_arithmetic_is_exact_far_beyond_a_trillion_visits(size, data):
 
 
 @pytest.mark.parametrize("sizes", [{"a": TRILLION - 5, "b": 5}, {"a": TRILLION // 10**6}, {"a": 2, "b": 1}])
-def test_an_order_of_a_trillion_samples_needs_no_memory(sizes):
+@pytest.mark.parametrize("batch_size", [256, {"a": 256, "b": 256}])
+def test_an_order_of_a_trillion_samples_needs_no_memory(sizes, batch_size):
     repeat = TRILLION // sum(sizes.values())
     tracemalloc.start()
     try:
-        sampler = BucketSampler(sizes, 256, 0)
+        sampler = BucketSampler(sizes, batch_size, 0)
         num_steps = sampler.num_steps(repeat)
         assert 0 <= num_steps * 256 - repeat * sum(sizes.values()) < 256 * len(sizes)
         for step in (0, num_steps // 2, num_steps - 1):
