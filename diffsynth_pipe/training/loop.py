@@ -312,7 +312,10 @@ class Loop:
     def _seed_dropout(self, step: int, micro_step: int) -> None:
         """Make what torch draws by itself a function of the step, so that a resumed run draws the same."""
         name = f"{self._config.seed}/dropout/{step}/{micro_step}/{self._accelerator.process_index}"
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little"))
+        seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a walk up the stack first
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed(seed)
 
     def _update_moving_average(self, step: int) -> None:
         """Take the weights of this step into the average, which rank 0 keeps."""

@@ -1,9 +1,9 @@
 """Times a training step of the train stage against a bare loop of torch on the same model, samples and threads.
 
-``python tests/bench/bench_train.py`` prints one line per batch size: milliseconds per optimizer step of both, their ratio,
-and the share of our step that waited for the cache; then what a batch of 4 yields over a batch of 1. Both train the same
-LoRA with AdamW and clipping, in turns, in one process. The bare loop has its samples in memory, and does neither logs nor
-checkpoints nor random numbers of its own per sample.
+``python tests/bench/bench_train.py`` prints one line per batch size: milliseconds per optimizer step of both, their
+ratio, and the share of our step that waited for the cache; then what a batch of 4 yields over a batch of 1. Both train
+the same LoRA with AdamW and clipping, in turns, in one process. The bare loop has its samples in memory, and does
+neither logs nor checkpoints nor random numbers of its own per sample.
 """
 
 from __future__ import annotations
@@ -119,8 +119,9 @@ def main(folder: Path) -> None:
             waits.append(wait)
         ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
         samples_per_s[batch_size] = batch_size / statistics.median(ours)
+        our_ms, bare_ms = (1e3 * statistics.median(times) for times in (ours, bare))
         print(
-            f"batch {batch_size}: {1e3 * statistics.median(ours):6.1f} ms, bare torch {1e3 * statistics.median(bare):6.1f} ms, "
+            f"batch {batch_size}: {our_ms:6.1f} ms, bare torch {bare_ms:6.1f} ms, "
             f"ratio {ratio:.3f}, waited for data {statistics.median(waits):.2%}"
         )
     print(f"batch 4 yields {samples_per_s[4] / samples_per_s[1]:.2f}x the samples per second of batch 1")
