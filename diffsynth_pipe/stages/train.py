@@ -39,7 +39,7 @@ from diffsynth_pipe.training.run_dir import file_digest, only_training, resumabl
 from diffsynth_pipe.training.trackers import check_packages
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from accelerate import Accelerator
     from torch import Tensor
@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from diffsynth_pipe.config import RunConfig
     from diffsynth_pipe.contracts import ComponentFiles, ModelFamily
     from diffsynth_pipe.graph import Cut
-    from diffsynth_pipe.training.loop import ResumePoint
+    from diffsynth_pipe.stages.plan import StagePlan
+    from diffsynth_pipe.training.loop import Loop, ResumePoint
     from diffsynth_pipe.training.loss_module import LossModule
     from diffsynth_pipe.training.outputs import Output
     from diffsynth_pipe.training.sampler import BucketSampler
@@ -74,8 +75,7 @@ def train(config: RunConfig) -> StageResult:
     split = plan_cut(config, family)
     files = resolve_components(config, family, models_after_cut(config, family))
     source = _cached_source(config, family, split, files) if config.stage == "train" else _live_source(config)
-    with contextlib.ExitStack() as held:
-        return _train(config, family, split, files, source, held)
+    return _train(config, family, split, files, source)
 
 
 def _cached_source(
@@ -125,47 +125,85 @@ def _live_source(config: RunConfig) -> SampleSource:
 
 
 def _train(
-    config: RunConfig,
-    family: ModelFamily,
-    split: Cut,
-    files: Mapping[str, ComponentFiles],
-    source: SampleSource,
-    held: contextlib.ExitStack,
+    config: RunConfig, family: ModelFamily, split: Cut, files: Mapping[str, ComponentFiles], source: SampleSource
 ) -> StageResult:
     from diffsynth_pipe.training import engine as engines
-    from diffsynth_pipe.training.flow_match import SigmaDistribution
-    from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function, enable
-    from diffsynth_pipe.training.loop import Loop
-    from diffsynth_pipe.training.lora_file import resolution_of
-    from diffsynth_pipe.training.loss_module import LossModule
-    from diffsynth_pipe.training.sampler import BucketSampler
     from diffsynth_pipe.training.sources import hold_out
-    from diffsynth_pipe.training.state import WEIGHTS, load_weights
-    from diffsynth_pipe.training.weights import load_checkpoint
 
     # Refused before a model is loaded.
     train_source, bank = (
         hold_out(source, config.num_held_out_samples) if config.num_held_out_samples else (source, source)
     )
-
-    levels = SigmaDistribution(family.schedule, config)
     accelerator = engines.start_accelerator(config)
     with accelerator.main_process_first():
         # The first rank digests the weights; the others find the digests it stored.
         plan = plan_train(config, source.digest)
-        digests = {name: component_digest(component) for name, component in files.items()}
-        initial = initial_weights(config)
+        lineage = {
+            "version": version("diffsynth-pipe"),
+            "config_digest": json_digest(config.keyed("weights")),
+            "samples_digest": source.digest,
+            "base_model_digest": component_digest(files["dit"]),
+            **initial_weights(config),
+            "seed": config.seed,
+            "lora_files": lora_file_digests(config),
+        }
     run_dir = plan.path
     assert isinstance(run_dir, Path)
     if plan.verdict == "hit":
         accelerator.end_training()
         return StageResult(stage="train", state="Cached", key=plan.key, path=run_dir, summary=summarize(plan))
-    if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        held.enter_context(only_training(run_dir))
-        config.save(run_dir / "config.yaml")
-    resume = _resume_point(run_dir, plan.key)
-    engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
+    with contextlib.ExitStack() as held:
+        if accelerator.is_main_process:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_training(run_dir))
+            config.save(run_dir / "config.yaml")
+        resume = _resume_point(run_dir, plan.key)
+        engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
+        model, outputs = _load_models(config, family, split, files, accelerator, lineage, train_source)
+        loop = _make_loop(config, family, accelerator, model, outputs, train_source, bank, plan, resume)
+        begin = time.perf_counter()
+        result = loop.run()
+        run = {
+            "key": plan.key,
+            "num_steps": result.num_steps,
+            "loss_before": result.loss_before,
+            "loss_after": result.validation and result.validation.loss,
+            "best": result.best,
+            "validation": result.validation and asdict(result.validation),
+            "files": list(result.files),
+            "lora_path": next((file for file in result.files if file.endswith("_lora.safetensors")), None),
+            **_base_model(files["dit"]),
+            "initial_weights": config.resume_from_checkpoint and str(Path(config.resume_from_checkpoint).resolve()),
+            "engine": loop.engine_description,
+            "world_size": accelerator.num_processes,
+            "elapsed_s": round(time.perf_counter() - begin, 3),
+        }
+        if accelerator.is_main_process:
+            run["digests"] = {file: file_digest(run_dir / file) for file in result.files}
+            replace_file(run_dir / "run.json", (json.dumps(run, indent=2) + "\n").encode(), run_dir)
+            loop.drop_states()
+    accelerator.end_training()
+    return StageResult(stage="train", state=STATE_OF_VERDICT[plan.verdict], key=plan.key, path=run_dir, summary=run)
+
+
+def _load_models(
+    config: RunConfig,
+    family: ModelFamily,
+    split: Cut,
+    files: Mapping[str, ComponentFiles],
+    accelerator: Accelerator,
+    lineage: Mapping[str, object],
+    source: SampleSource,
+) -> tuple[LossModule, list[Output]]:
+    """Load the models after the cut, ready to be trained; return them, and what a checkpoint holds of them."""
+    from diffsynth_pipe.training import engine as engines
+    from diffsynth_pipe.training.flow_match import SigmaDistribution
+    from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function, enable
+    from diffsynth_pipe.training.lora_file import resolution_of
+    from diffsynth_pipe.training.loss_module import LossModule
+    from diffsynth_pipe.training.weights import load_checkpoint
+
+    levels = SigmaDistribution(family.schedule, config)
     recompute = checkpoint_function(config, engines.deepspeed_settings(accelerator))
     components = {
         name: engines.load_component(accelerator, name, family.components[name], component, config)
@@ -174,69 +212,57 @@ def _train(
     if config.resume_from_checkpoint is not None:
         prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
         load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)
-    lineage = {
-        "version": version("diffsynth-pipe"),
-        "config_digest": json_digest(config.keyed("weights")),
-        "samples_digest": source.digest,
-        "base_model_digest": digests["dit"],
-        **initial,
-        "seed": config.seed,
-        "lora_files": lora_file_digests(config),
-    }
     outputs = _make_trainable(config, family, components, files, lineage, resolution_of(source.bucket_sizes))
     if recompute is not None:
         for component in components.values():
             enable(module_of(component), recompute)
-    model = LossModule(family, load_task(config.task_name), components, levels, split)
+    return LossModule(family, load_task(config.task_name), components, levels, split), outputs
+
+
+def _make_loop(
+    config: RunConfig,
+    family: ModelFamily,
+    accelerator: Accelerator,
+    model: LossModule,
+    outputs: Sequence[Output],
+    source: SampleSource,
+    bank: SampleSource,
+    plan: StagePlan,
+    resume: ResumePoint | None,
+) -> Loop:
+    """Put the saved weights, if any, into the models, and wrap them in the engine."""
+    from diffsynth_pipe.training import engine as engines
+    from diffsynth_pipe.training.loop import Loop
+    from diffsynth_pipe.training.sampler import BucketSampler
+    from diffsynth_pipe.training.state import WEIGHTS, load_weights
+
+    assert isinstance(plan.path, Path)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if resume:
         load_weights(trainable, resume.checkpoint.state_folder / f"{WEIGHTS}.safetensors")
     num_micro_batches = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    micro_batch_sizes = _micro_batch_sizes(config, family, source)
     sampler = BucketSampler(
-        train_source.bucket_sizes,
-        {bucket: size * num_micro_batches for bucket, size in _micro_batch_sizes(config, family, train_source).items()},
+        source.bucket_sizes,
+        {bucket: size * num_micro_batches for bucket, size in micro_batch_sizes.items()},
         config.seed,
         stratified=config.stratified_timesteps,
     )
-    begin = time.perf_counter()
     engines.set_find_unused_parameters(
-        accelerator, model, lambda: _first_loss(config, accelerator, model, train_source, sampler)
+        accelerator, model, lambda: _first_loss(config, accelerator, model, source, sampler)
     )
-    engine = engines.start(accelerator, model, config)
-    loop = Loop(
+    return Loop(
         config,
         key=plan.key,
-        engine=engine,
-        source=train_source,
+        engine=engines.start(accelerator, model, config),
+        source=source,
         bank=bank,
         sampler=sampler,
         trainable=trainable,
         outputs=outputs,
-        run_dir=run_dir,
+        run_dir=plan.path,
         resume=resume,
     )
-    result = loop.run()
-    run: dict[str, Any] = {
-        "key": plan.key,
-        "num_steps": result.num_steps,
-        "loss_before": result.loss_before,
-        "loss_after": result.validation and result.validation.loss,
-        "best": result.best,
-        "validation": result.validation and asdict(result.validation),
-        "files": list(result.files),
-        "lora_path": next((file for file in result.files if file.endswith("_lora.safetensors")), None),
-        **_base_model(files["dit"]),
-        "initial_weights": config.resume_from_checkpoint and str(Path(config.resume_from_checkpoint).resolve()),
-        "engine": engine.description,
-        "world_size": accelerator.num_processes,
-        "elapsed_s": round(time.perf_counter() - begin, 3),
-    }
-    if accelerator.is_main_process:
-        run["digests"] = {file: file_digest(run_dir / file) for file in result.files}
-        replace_file(run_dir / "run.json", (json.dumps(run, indent=2) + "\n").encode(), run_dir)
-        loop.drop_states()
-    accelerator.end_training()
-    return StageResult(stage="train", state=STATE_OF_VERDICT[plan.verdict], key=plan.key, path=run_dir, summary=run)
 
 
 def _micro_batch_sizes(config: RunConfig, family: ModelFamily, source: SampleSource) -> dict[str, int]:

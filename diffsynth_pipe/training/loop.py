@@ -136,6 +136,11 @@ class Loop:
         self._loss_before: float | None = None
         self._saved_at = time.monotonic()
 
+    @property
+    def engine_description(self) -> str:
+        """One line on the engine, for people and for ``run.json``."""
+        return self._engine.description
+
     def run(self) -> TrainResult:
         """Train from the first step, or from where the run stopped, to the last.
 
