@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "integration")]
 
-from random_cache import FAMILY, write_cache
-from test_engines import DEPLOY, ONE_SHAPE, launch, trained
+from small_trainings import FAMILY, LAUNCH_FILES, launch, write_cache
+from test_engines import ONE_SHAPE, trained
 
 MAX_LOSS_DIFFERENCE = 1e-5
 MAX_WEIGHT_DIFFERENCE = 1e-4
@@ -34,7 +34,7 @@ def train_by(engine, num_ranks, checkpointing, num_micro_steps, parameters, fold
     name = f"{engine}-{num_ranks}-{checkpointing}-{num_micro_steps}"
     own = parameters | CHECKPOINTING[checkpointing] | {"output_path": str(folder / name)}
     own |= {"batch_size": 4 // num_ranks // num_micro_steps, "gradient_accumulation_steps": num_micro_steps}
-    done = launch(DEPLOY / "accelerate" / f"{engine}.yaml", own, num_processes=num_ranks)
+    done = launch(LAUNCH_FILES / f"{engine}.yaml", own, num_processes=num_ranks)
     if done.returncode:
         sys.exit(f"{name}: {done.stderr[-2000:]}")
     return trained(own)

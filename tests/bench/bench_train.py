@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from random_cache import FAMILY, write_cache
+from small_trainings import FAMILY, write_cache
 
 from cache_store.store import Cache
 from diffsynth_pipe.config import load_config

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from random_cache import write_cache
+from small_trainings import write_cache
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
 MAX_GRAD_NORM = 2e-3  # low enough to clip most steps of the tiny model

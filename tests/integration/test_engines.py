@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from random_cache import write_cache
+from small_trainings import free_port, launch, write_cache
 
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import ComponentFiles, load_family
@@ -47,27 +45,6 @@ def parameters(cache_dir, tiny_repo, tmp_path):
         "num_validation_samples": 0,
         "output_path": str(tmp_path / "output"),
     }
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def launch(config_file, parameters, *, num_processes=1, cwd=None, **env):
-    """Run ``accelerate launch --config_file CONFIG_FILE -m diffsynth_pipe.train`` to its end."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file]
-    command += ["--num_processes", num_processes, "--main_process_port", free_port(), "-m", "diffsynth_pipe.train"]
-    flags = [argument for name, value in parameters.items() for argument in (f"--{name}", value)]
-    return subprocess.run(
-        list(map(str, [*command, *flags])),
-        cwd=cwd,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def trained(parameters):

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_trainings import LAUNCH_FILES, launch_command
 
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.errors import ConfigError, RunDirBusy, TrainingStopped
@@ -22,8 +22,6 @@ from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.loop import Loop
 from diffsynth_pipe.training.run_dir import list_checkpoints, only_training, resumable
-
-LAUNCH_FILES = Path(__file__).parents[2] / "deploy" / "accelerate"
 
 
 def stop_after(monkeypatch, step, send):
@@ -47,16 +45,10 @@ def stopped_at(parameters, step, number=signal.SIGTERM):
     assert (stopped.value.step, stopped.value.signal_number) == (step, number)
 
 
-def launch(parameters, engine, world_size, stop=None):
+def launch_and_stop(parameters, engine, world_size, stop=None):
     """Train under a launch file of the project; send ``stop`` to all processes at the first checkpoint."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", LAUNCH_FILES / f"{engine}.yaml"]
-    command += ["--num_processes", world_size, "--main_process_port", port, "-m", "diffsynth_pipe.train"]
-    command += [text for name, value in parameters.items() for text in (f"--{name}", value)]
     process = subprocess.Popen(
-        list(map(str, command)),
+        launch_command(LAUNCH_FILES / f"{engine}.yaml", parameters, world_size),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -207,7 +199,7 @@ def test_the_number_of_ranks_may_change_on_the_way(parameters, other_output, eng
     changes = {"batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 1}
     whole = train(load_config(None, other_output | changes))
     stopped_at(parameters | changes, 3)
-    code, output = launch(parameters | changes, engine, 2, stop=signal.SIGTERM)
+    code, output = launch_and_stop(parameters | changes, engine, 2, stop=signal.SIGTERM)
     assert code != 0, output
     assert "goes on after step 3 of 9" in output, output
     run_dir = plan_train(load_config(None, parameters | changes)).path
@@ -224,12 +216,12 @@ def test_a_killed_run_under_zero_ends_with_the_bits_of_an_uninterrupted_one(
     parameters, other_output, engine, world_size
 ):
     changes = {"batch_size": 1, "save_steps": 2}
-    code, output = launch(parameters | changes, engine, world_size, stop=signal.SIGKILL)
+    code, output = launch_and_stop(parameters | changes, engine, world_size, stop=signal.SIGKILL)
     assert code == -signal.SIGKILL, output
-    code, output = launch(parameters | changes, engine, world_size)
+    code, output = launch_and_stop(parameters | changes, engine, world_size)
     assert code == 0, output
     assert "goes on after step" in output
-    code, whole_output = launch(other_output | changes, engine, world_size)
+    code, whole_output = launch_and_stop(other_output | changes, engine, world_size)
     assert code == 0, whole_output
     (run_dir,), (whole_dir,) = (Path(p["output_path"]).glob("train-*") for p in (parameters, other_output))
     digests = [json.loads((path / "run.json").read_text())["digests"] for path in (run_dir, whole_dir)]
@@ -238,7 +230,7 @@ def test_a_killed_run_under_zero_ends_with_the_bits_of_an_uninterrupted_one(
 
 def test_ranks_that_the_global_batch_does_not_divide_among_are_refused(parameters):
     stopped_at(parameters | {"batch_size": 1, "gradient_accumulation_steps": 3}, 2)
-    code, output = launch(parameters | {"batch_size": 1, "gradient_accumulation_steps": 3}, "ddp", 2)
+    code, output = launch_and_stop(parameters | {"batch_size": 1, "gradient_accumulation_steps": 3}, "ddp", 2)
     assert code != 0
     assert "error: the run began with 3 micro-batches per optimizer step, which do not divide among 2 ranks" in output
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_trainings import LAUNCH_FILES, launch
 
 from diffsynth_pipe.errors import CacheMismatch, ConfigError
 from diffsynth_pipe.stages.data_process import data_process
@@ -165,3 +166,21 @@ def test_the_run_says_which_files_it_wrote(run_config):
     assert [file.split("/")[1] for file in run["files"]] == ["transformer", "transformer_ema"]
     plain, average = (load_file(result.path / file) for file in run["files"])
     assert any(not torch.equal(plain[name], average[name]) for name in plain)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero3_cpu_offload"])
+def test_two_ranks_train_both_models_as_one_does(run_config, engine, tmp_path):
+    config = run_config(**BOTH | {"max_steps": 3, "num_validation_samples": 0})
+    data_process(stage(config, "data_process"))
+    plain = train(stage(config, "train").model_copy(update={"batch_size": 2}))
+    run_file, output = tmp_path / "two.yaml", tmp_path / engine
+    stage(config, "train").save(run_file)
+    flags = {"config": run_file, "batch_size": 1, "output_path": output}
+    done = launch(LAUNCH_FILES / f"{engine}.yaml", flags, num_processes=2)
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = output.glob("train-*")
+    for file in plain.summary["files"]:
+        expected, found = load_file(plain.path / file), load_file(run_dir / file)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from random_cache import FAMILY, write_cache
+from small_trainings import FAMILY, write_cache
 
 SETTINGS = {
     "task": "sft:train",

@@ -1,4 +1,10 @@
-"""A sealed cache of random fields, for trainings that need no encoder."""
+"""What tests, benchmarks and tortures of training share: a sealed cache of random fields, and a launcher."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -7,6 +13,7 @@ from cache_store.store import Cache, SealedSample
 from diffsynth_pipe.contracts import load_family
 
 FAMILY = load_family("qwen_image")
+LAUNCH_FILES = Path(__file__).parents[1] / "deploy" / "accelerate"
 SAMPLES = {"64x64": ((8, 8), (5, 9, 3, 12)), "64x32": ((8, 4), (7, 4))}
 """Buckets: height and width of the latents, and the lengths of the prompts, one per sample."""
 
@@ -31,3 +38,29 @@ def write_cache(root, buckets=SAMPLES):
 def random_bf16(rng, shape):
     """Return bit patterns of standard normal numbers."""
     return torch.from_numpy(rng.standard_normal(shape)).to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def launch_command(config_file, parameters, num_processes):
+    """Return ``accelerate launch --config_file CONFIG_FILE -m diffsynth_pipe.train`` with its flags."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file]
+    command += ["--num_processes", num_processes, "--main_process_port", free_port(), "-m", "diffsynth_pipe.train"]
+    command += [argument for name, value in parameters.items() for argument in (f"--{name}", value)]
+    return list(map(str, command))
+
+
+def launch(config_file, parameters, *, num_processes=1, cwd=None, **env):
+    """Run a training under ``accelerate launch`` to its end."""
+    return subprocess.run(
+        launch_command(config_file, parameters, num_processes),
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
