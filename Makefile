@@ -41,11 +41,12 @@ format: $(INSTALLED)  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(INSTALLED)  ## Measure the cache reader, on disk and S3, the sampler at 10^12 samples, and compare the engines
+bench: $(INSTALLED)  ## Measure the cache reader, on disk and S3, the sampler and the training step, and compare the engines
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/bench/bench_sampler.py
 	$(BIN)/python tests/bench/bench_reader.py
 	$(BIN)/python tests/bench/bench_s3.py
+	$(BIN)/python tests/bench/bench_train.py
 	$(BIN)/python tests/bench/bench_engines.py
 
 torture: $(INSTALLED)  ## Kill and damage caches, and kill a training, for minutes
