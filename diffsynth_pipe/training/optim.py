@@ -44,20 +44,27 @@ def make_optimizer(config: RunConfig, parameters: Iterable[Parameter]) -> Optimi
 
 
 def learning_rates(config: RunConfig, num_steps: int) -> Callable[[int], float]:
-    """Return the learning rate as a function of the steps taken so far, so that resuming needs no other state."""
+    """Return the learning rate as a function of the steps taken so far, so that resuming needs no other state.
+
+    Raises:
+        ConfigError: polynomial would have to rise to its end of 1e-7.
+    """
     if config.lr_scheduler == "diffsynth":
         return lambda step: config.learning_rate / (3 if step < DIFFSYNTH_WARMUP_STEPS else 1)
     from diffusers.optimization import get_scheduler
 
     weight = torch.nn.Parameter(torch.zeros(()))
-    scheduler = get_scheduler(
-        config.lr_scheduler,
-        torch.optim.SGD([weight], lr=config.learning_rate),
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=num_steps,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )
+    try:
+        scheduler = get_scheduler(
+            config.lr_scheduler,
+            torch.optim.SGD([weight], lr=config.learning_rate),
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=num_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    except ValueError as error:
+        raise ConfigError(f"lr_scheduler: {error}") from error
     (factor,) = scheduler.lr_lambdas
     return lambda step: config.learning_rate * factor(step)
 
