@@ -11,7 +11,22 @@ from diffsynth_pipe.config import RunConfig, comma_list, field_metadata, load_co
 from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
 
-# The two commands of the reference's low-VRAM LoRA training, as they stand in its documentation.
+# The commands of the reference's full and low-VRAM LoRA training, as they stand in its documentation.
+FULL_COMMAND = """
+--dataset_base_path data/example_image_dataset
+--dataset_metadata_path data/example_image_dataset/metadata.csv
+--max_pixels 1048576
+--dataset_repeat 50
+--model_id_with_origin_paths "Qwen/Qwen-Image:transformer/diffusion_pytorch_model*.safetensors,\
+Qwen/Qwen-Image:text_encoder/model*.safetensors,Qwen/Qwen-Image:vae/diffusion_pytorch_model.safetensors"
+--learning_rate 1e-5
+--num_epochs 2
+--remove_prefix_in_ckpt "pipe.dit."
+--output_path "./models/train/Qwen-Image_full"
+--trainable_models "dit"
+--use_gradient_checkpointing
+--find_unused_parameters
+"""
 DATA_PROCESS_COMMAND = """
 --dataset_base_path data/example_image_dataset
 --dataset_metadata_path data/example_image_dataset/metadata.csv
@@ -236,7 +251,14 @@ def run_file(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("command", [DATA_PROCESS_COMMAND, TRAIN_COMMAND])
+@pytest.mark.parametrize("command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND])
+def test_the_script_runs_the_references_commands_word_for_word(command):
+    script = (Path(__file__).parents[2] / "deploy" / "reference_commands.sh").read_text()
+    words = shlex.split(script.replace("\\\n", " ").replace("$DATASET", "data/example_image_dataset"), comments=True)
+    assert f" {' '.join(shlex.split(command))} $EXTRA_FLAGS " in f" {' '.join(words)} "
+
+
+@pytest.mark.parametrize("command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND])
 def test_the_references_commands_parse_as_they_stand(command):
     words = shlex.split(command)
     parsed = parse(words)
