@@ -105,7 +105,7 @@ class RunConfig(BaseModel):
         "dataset", "weights", 1, "Passes over the dataset per epoch. Raise it for small datasets."
     )
     dataset_num_workers: Annotated[int, Field(ge=0)] = _setting(
-        "dataset", "nothing", 0, "Threads that decode media or read the cache ahead. 0: in the calling thread."
+        "dataset", "nothing", 0, "Threads that decode media or read the cache ahead. 0 is 1: there is always one."
     )
     data_file_keys: str = _setting(
         "dataset", "cache", "image,video", "Metadata columns that hold media files, comma-separated."

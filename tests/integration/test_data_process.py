@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from cache_store.journal import read_notes
 from cache_store.reader import BatchReader
 from cache_store.store import Cache
+from diffsynth_pipe.data.images import ImageInput
 from diffsynth_pipe.stages.data_process import data_process
 from diffsynth_pipe.stages.plan import plan_data_process
 
@@ -128,6 +130,35 @@ def test_a_snapshot_whose_sealer_was_killed_is_sealed(run_config):
     assert (again.state, again.summary["encoded"]) == ("Resumed", {})
     assert seal.read_bytes() == sealed
     assert plan_data_process(config).verdict == "hit"
+
+
+def test_workers_decode_at_the_same_time(run_config, monkeypatch):
+    """Each of the six photos waits for another one that is being decoded."""
+    together = threading.Barrier(2, timeout=60)
+    load = ImageInput.load
+
+    def load_with_another(image):
+        together.wait()
+        return load(image)
+
+    monkeypatch.setattr(ImageInput, "load", load_with_another)
+    assert data_process(run_config(dataset_num_workers=2)).summary["encoded"]["latents"] == 6
+
+
+def test_records_are_committed_as_often_as_asked(run_config, tmp_path):
+    for seconds, num_segments in ((0, 12), (600, 1)):
+        config = run_config(cache_commit_seconds=seconds, cache_path=str(tmp_path / f"cache-{seconds}"))
+        data_process(config)
+        assert len(list((config.cache_dir / "segments").iterdir())) == num_segments
+
+
+def test_a_new_cache_has_the_format_that_was_asked_for(run_config, photos):
+    from webdataset import WebDataset
+
+    config = run_config(cache_backend="webdataset")
+    data_process(config)
+    shards = sorted(map(str, config.cache_dir.glob("segments/*/latents-*.tar")))
+    assert len({sample["__key__"] for sample in WebDataset(shards, shardshuffle=False)}) == 6
 
 
 def test_only_what_changed_is_encoded_again(run_config, edit_rows, photos):

@@ -17,7 +17,7 @@ from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import ComponentFiles, load_family
 from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.stages.train import train
-from diffsynth_pipe.training.engine import _deepspeed_plugin, load_component, load_device
+from diffsynth_pipe.training.engine import _deepspeed_plugin, load_component, load_device, start_accelerator
 from diffsynth_pipe.training.lora import LoraSettings, add_lora
 
 ONE_SHAPE = {"64x64": ((8, 8), (5, 9, 3, 12))}
@@ -342,6 +342,12 @@ def test_fp8_of_weights_that_cannot_be_held_so_is_refused(parameters, values, se
     with pytest.raises(ConfigError, match=message) as error:
         load_component(accelerator, "dit", FAMILY.components["dit"], files, config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_ddp_looks_for_unused_parameters_when_asked(parameters, asked):
+    accelerator = start_accelerator(load_config(None, parameters | {"find_unused_parameters": asked}))
+    assert accelerator.ddp_handler.find_unused_parameters is asked
 
 
 def test_weights_go_to_the_cpu_first_where_they_must(parameters):

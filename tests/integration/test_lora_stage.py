@@ -25,6 +25,7 @@ def run(parameters, **changes):
 def test_a_started_lora_goes_on_where_the_file_ends(parameters, tmp_path):
     """In another format and with another alpha, so that both conversions take part."""
     first, path = run(parameters, lora_format="comfyui", lora_alpha=6)
+    assert all(name.startswith("lora_unet_") for name in load_file(path))
     second, _ = run(parameters, lora_checkpoint=str(path))
     assert first["loss_after"] < first["loss_before"]
     assert second["loss_before"] == pytest.approx(first["loss_after"], rel=1e-6)

@@ -30,6 +30,8 @@ from cache_store.snapshot import publish, seal_path, tabulate
 from cache_store.store import Cache, SealedSample
 from cache_store.verify import verify
 from diffsynth_pipe.cli import main
+from diffsynth_pipe.stages.data_process import data_process
+from diffsynth_pipe.stages.train import train
 
 LATENTS = FieldSpec(name="latents", dtype="bfloat16", dims=("channel", "height", "width"))
 TEXT = FieldSpec(name="prompt_emb", dtype="bfloat16", dims=("token", "channel"), ragged=True)
@@ -381,6 +383,24 @@ def test_a_bucket_that_is_not_there_is_one_clear_line(s3, capsys):
     assert capsys.readouterr().err.startswith("error: s3://absent-bucket/cache is not a cache")
     with pytest.raises(CacheError, match="absent-bucket"):
         add_samples(Cache.open_or_new(root_of("s3://absent-bucket/cache")), [0])
+
+
+def test_copies_lie_where_asked_and_no_room_means_none(location, run_config, tmp_path):
+    data_process(run_config(cache_path=location))
+    for gigabytes in (0, 1):
+        folder = tmp_path / f"copies-{gigabytes}"
+        train(
+            run_config(
+                task="sft:train",
+                cache_path=location,
+                cache_copies_path=str(folder),
+                cache_copies_gb=gigabytes,
+                output_path=str(tmp_path / f"output-{gigabytes}"),
+                max_steps=1,
+                num_validation_samples=0,
+            )
+        )
+        assert folder.exists() == (gigabytes > 0)
 
 
 def test_the_command_line_from_photos_to_a_lora(location, run_file, tmp_path, cli, capsys):

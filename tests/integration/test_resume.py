@@ -158,6 +158,14 @@ def test_a_checkpoint_that_nobody_asked_for_gives_way_to_one_that_somebody_did(p
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [4, 8, 9]
 
 
+def test_the_clock_asks_for_states_and_each_gives_way_to_the_next(parameters):
+    changes = {"save_minutes": 0}
+    stopped_at(parameters | changes, 5)
+    run_dir = plan_train(load_config(None, parameters | changes)).path
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [4, 5]
+    assert [checkpoint.step for checkpoint in resumable(run_dir)] == [4, 5]
+
+
 def test_a_state_holds_what_is_trained_and_nothing_of_the_base(parameters):
     """Three times the LoRA (weights and both moments), whatever the size of the base."""
     stopped_at(parameters, 2)

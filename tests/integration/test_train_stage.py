@@ -91,6 +91,7 @@ def test_the_stages_hand_over_as_in_the_reference(run_config, tmp_path):
     trained = launch_train(run_config(**parameters, dataset_base_path=str(cache_dir)))
     assert trained.state == "Completed"
     assert (trained.path / trained.summary["lora_path"]).is_file()
+    assert trained.summary["engine"] == "engine plain torch, world size 1, compute float32"  # of the run's own file
 
 
 def test_another_rank_trains_beside_the_first_run(run_config):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cache_store.reader import BatchReader
 from cache_store.store import Cache
@@ -246,6 +246,53 @@ def test_each_epoch_ends_in_a_checkpoint(parameters):
     """Buckets of 4 and 2 samples in batches of 4: a pass takes 2 steps, and two passes 3."""
     result = train(load_config(None, parameters | {"batch_size": 4, "dataset_repeat": 1, "num_epochs": 3}))
     assert [checkpoint.step for checkpoint in list_checkpoints(result.path)] == [2, 3, 5]
+
+
+def test_save_steps_counts_optimizer_steps(parameters):
+    changes = {"batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 4}
+    result = train(load_config(None, parameters | changes))
+    assert [checkpoint.step for checkpoint in list_checkpoints(result.path)] == [4, 8, 9]
+
+
+def test_the_optimizer_steps_by_the_rate_of_the_schedule(parameters):
+    """Warm-up begins at 0: after the first step the LoRA is as it was, its B all zeros."""
+    changes = {"lr_scheduler": "linear", "lr_warmup_steps": 3, "save_steps": 1, "max_steps": 9}
+    result = train(load_config(None, parameters | changes))
+    factors = [0, 1 / 3, 2 / 3, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    lines, _ = metrics(result.path)
+    assert [line["lr"] for line in lines] == pytest.approx([parameters["learning_rate"] * factor for factor in factors])
+    first, second = (load_file(result.path / f"step-00000{step}" / "dit_lora.safetensors") for step in (1, 2))
+    assert not any(tensor.any() for name, tensor in first.items() if ".lora_B." in name)
+    assert any(tensor.any() for name, tensor in second.items() if ".lora_B." in name)
+
+
+def test_the_saved_average_is_that_of_the_saved_weights(parameters):
+    """At a decay of 0.05, below that of diffusers' first steps, which would rule so short a run."""
+    from diffusers.training_utils import EMAModel
+
+    changes = {"use_ema": True, "ema_decay": 0.05, "save_steps": 1}
+    result = train(load_config(None, parameters | changes))
+    average = None
+    for checkpoint in list_checkpoints(result.path):
+        weights = [
+            torch.nn.Parameter(tensor) for tensor in load_file(checkpoint.path / "dit_lora.safetensors").values()
+        ]
+        average = average or EMAModel(weights, decay=0.05)
+        average.step(weights)
+        saved = load_file(checkpoint.path / "dit_lora_ema.safetensors")
+        for tensor, expected in zip(saved.values(), average.shadow_params, strict=True):
+            torch.testing.assert_close(tensor, expected)
+    assert checkpoint.step == 9
+
+
+def test_another_seed_trains_on_other_draws(parameters, tmp_path):
+    def first_losses(seed, folder):
+        changes = {"seed": seed, "max_steps": 2, "num_validation_samples": 0, "output_path": str(tmp_path / folder)}
+        return [line["loss"] for line in metrics(train(load_config(None, parameters | changes)).path)[0]]
+
+    first = first_losses(1, "first")
+    assert first_losses(1, "again") == first
+    assert not set(first_losses(2, "other")) & set(first)
 
 
 def test_lora_file_says_what_it_was_made_from(parameters, cache_dir):

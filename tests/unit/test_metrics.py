@@ -160,23 +160,26 @@ def test_a_tracker_without_its_package_is_refused(name, package, monkeypatch):
     check_packages(config())
 
 
-def test_wandb_gets_the_numbers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variable", ["", "from-environment"])
+def test_wandb_gets_the_numbers(tmp_path, monkeypatch, variable):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_PROJECT", "from-environment")
+    monkeypatch.setenv("WANDB_PROJECT", variable)
     write_steps(tmp_path, range(4), config=config(enable_wandb_log=True, wandb_project="from-config"))
     wandb.teardown()  # its service writes the file
     (path,) = tmp_path.glob("wandb_log/wandb/offline-run-*/*.wandb")
-    assert b"from-environment" in path.read_bytes()
+    assert path.read_bytes().count(b"from-environment") == bool(variable)
+    assert path.read_bytes().count(b"from-config") == (1 if variable else 2)  # once in the run's parameters
     assert b"validation_loss_by_level/1" in path.read_bytes()
 
 
-def test_swanlab_gets_the_numbers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("variable", ["", "from-environment"])
+def test_swanlab_gets_the_numbers(tmp_path, monkeypatch, variable):
     pytest.importorskip("swanlab")
     monkeypatch.setenv("SWANLAB_MODE", "offline")
-    monkeypatch.setenv("SWANLAB_PROJECT", "from-environment")
+    monkeypatch.setenv("SWANLAB_PROJECT", variable)
     write_steps(tmp_path, range(4), config=config(enable_swanlab_log=True, swanlab_project="from-config"))
-    stored = b"".join(path.read_bytes() for path in tmp_path.glob("swanlab_log/**/*") if path.is_file())
-    assert b"from-environment" in stored
-    assert b"validation_loss" in stored
+    (path,) = tmp_path.glob("swanlab_log/**/*.swanlab")
+    assert (variable or "from-config").encode() in path.read_bytes()
+    assert b"validation_loss" in path.read_bytes()
