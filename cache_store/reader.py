@@ -23,7 +23,6 @@ from cache_store.object_path import ObjectPath
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
-    from types import TracebackType
 
     from numpy.typing import NDArray
 
@@ -383,15 +382,16 @@ def _scatter(data: memoryview, views: list[memoryview]) -> None:
 class Prefetcher:
     """Iterates over ``(tag, batch)`` in order, and reads ahead with threads into a ring of buffers.
 
-    The arrays of a batch are valid until the next one is asked for. An error of the
-    reader is raised in place of the batch that it befell, and ends the iteration.
+    The arrays of a batch are valid until the next one is asked for. An error of the reader, or of what names the
+    batches, is raised in place of the batch that it befell, and ends the iteration.
 
     Args:
         reader: What reads.
         batches: The tag and the positions of each batch, and what its reader is to read instead, if anything; consumed
-            at most ``depth`` ahead, in the caller's thread.
+            at most ``depth`` ahead, by the threads, one at a time.
         depth: How many batches to read ahead.
         num_threads: How many of them at once.
+        finish: Makes of a tag and a batch what is yielded in its place; called by the threads.
     """
 
     def __init__(
@@ -401,28 +401,36 @@ class Prefetcher:
         *,
         depth: int = 3,
         num_threads: int = 2,
+        finish: Callable[[Any, RawBatch], Any] | None = None,
     ) -> None:
         self._reader = reader
         self._batches = iter(batches)
+        self._finish = finish
+        self._lock = threading.Lock()
+        self._requests: dict[int, tuple[Any, ...] | Exception] = {}
+        self._num_taken = self._num_submitted = 0
+        self._is_closed = False
         self._free = deque(reader.buffers() for _ in range(depth))
-        self._queue: deque[tuple[Any, Future[RawBatch], Buffers]] = deque()
+        self._queue: deque[tuple[Future[tuple[Any, Any]], Buffers]] = deque()
         self._in_use: Buffers | None = reader.buffers()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="cache-reader")
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> tuple[Any, RawBatch]:
+    def __next__(self) -> tuple[Any, Any]:
+        if self._is_closed:
+            raise StopIteration
         if self._in_use is not None:
             self._free.append(self._in_use)
             self._in_use = None
-        self._read_ahead()
-        if not self._queue:
-            self.close()
-            raise StopIteration
-        tag, batch, self._in_use = self._queue.popleft()
+        while self._free:
+            buffers = self._free.popleft()
+            self._queue.append((self._pool.submit(self._read, self._num_submitted, buffers), buffers))
+            self._num_submitted += 1
+        future, self._in_use = self._queue.popleft()
         try:
-            return tag, batch.result()
+            return future.result()
         except BaseException:
             self.close()
             raise
@@ -431,21 +439,31 @@ class Prefetcher:
         """Stop reading; iteration ends."""
         self._batches = iter(())
         self._pool.shutdown(cancel_futures=True)
-        self._queue.clear()
+        self._is_closed = True
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_ahead(self) -> None:
-        while self._free:
-            try:
-                tag, positions, *instead = next(self._batches)
-            except StopIteration:
-                return
-            buffers = self._free.popleft()
-            self._queue.append((tag, self._pool.submit(self._reader.read, positions, buffers, *instead), buffers))
+    def _read(self, number: int, buffers: Buffers) -> tuple[Any, Any]:
+        """Read the batch of this number.
+
+        Raises:
+            StopIteration: There are fewer.
+        """
+        with self._lock:
+            # Another thread may have been here first, although it was given a later number.
+            while self._num_taken <= number:
+                try:
+                    self._requests[self._num_taken] = next(self._batches)
+                except Exception as error:  # noqa: BLE001 - it belongs to the batch of this number
+                    self._requests[self._num_taken] = error
+                self._num_taken += 1
+            request = self._requests.pop(number)
+        if isinstance(request, Exception):
+            raise request
+        tag, positions, *instead = request
+        batch = self._reader.read(positions, buffers, *instead)
+        return tag, batch if self._finish is None else self._finish(tag, batch)

@@ -307,6 +307,11 @@ def _read_deepspeed_file() -> tuple[Path, dict[str, Any]]:
         raise ConfigError(f"{path}: is not JSON: {error}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise ConfigError(f"{path}: has no object 'zero_optimization'; add one with a stage")
+    if settings["zero_optimization"].get("stage", 0) not in (1, 2, 3):
+        raise ConfigError(f"{path}: its zero_optimization has no stage 1, 2 or 3; without one, launch by ddp.yaml")
+    for name, field in (("optimizer", "customized_optimizer"), ("scheduler", "lr_scheduler")):
+        if name in settings:
+            raise ConfigError(f"{path}: has {name!r}, which a resumed run could not go on with; use {field} instead")
     return path, settings
 
 

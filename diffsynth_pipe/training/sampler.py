@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 NUM_ROUNDS = 6
 
+STEPS_AHEAD = 16
+"""Steps that are planned at once, unless their batches are large."""
+VISITS_AHEAD = 1024
+"""Visits in them, at most, but for those of the first."""
+
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
@@ -127,6 +132,8 @@ class BucketSampler:
         )
         self._seed = seed
         self._stratified = stratified
+        self._planned: list[BatchPlan] = []
+        self._first_planned = 0
 
     def num_steps(self, passes: int) -> int:
         """Return the number of optimizer steps of this many passes over the samples."""
@@ -139,17 +146,27 @@ class BucketSampler:
 
     def plan(self, step: int) -> BatchPlan:
         """Return the global batch of one step."""
+        if not self._first_planned <= step < self._first_planned + len(self._planned):
+            self._planned = self._plan_ahead(step)
+            self._first_planned = step
+        return self._planned[step - self._first_planned]
+
+    def _plan_ahead(self, step: int) -> list[BatchPlan]:
+        """Return the global batches of this step and the next ones of its pass: for many, numpy costs as for one."""
         epoch = self.finished_passes(step)
-        start = self.num_steps(epoch)
-        order = KeyedPermutation(self.num_steps(epoch + 1) - start, f"{self._seed}/order/{epoch}")
-        offset = int(order(np.array([step - start]))[0])
+        start, end = self.num_steps(epoch), self.num_steps(epoch + 1)
+        num_steps = min(STEPS_AHEAD, max(1, VISITS_AHEAD // max(self._global_batch_sizes.values())))
+        steps = np.arange(step, min(end, step + num_steps))
+        offsets = KeyedPermutation(end - start, f"{self._seed}/order/{epoch}")(steps - start)
+        plans: list[BatchPlan] = [BatchPlan("", (), ())] * len(steps)
         for bucket in self._sizes:
-            first, end = self._num_batches(bucket, epoch), self._num_batches(bucket, epoch + 1)
-            if offset < end - first:
-                plan = self._batch(bucket, first + offset)
-                return self._with_slots(plan, step) if self._stratified else plan
-            offset -= end - first
-        raise AssertionError(f"step {step} lies outside of pass {epoch}")
+            first = self._num_batches(bucket, epoch)
+            num_batches = self._num_batches(bucket, epoch + 1) - first
+            (mine,) = np.nonzero((offsets >= 0) & (offsets < num_batches))
+            for place, plan in zip(mine.tolist(), self._batches(bucket, first + offsets[mine]), strict=True):
+                plans[place] = self._with_slots(plan, int(steps[place])) if self._stratified else plan
+            offsets = offsets - num_batches
+        return plans
 
     def _with_slots(self, plan: BatchPlan, step: int) -> BatchPlan:
         num_slots = len(plan.indices)
@@ -159,10 +176,15 @@ class BucketSampler:
     def _num_batches(self, bucket: str, passes: int) -> int:
         return -(-passes * self._sizes[bucket] // self._global_batch_sizes[bucket])
 
-    def _batch(self, bucket: str, number: int) -> BatchPlan:
+    def _batches(self, bucket: str, numbers: I64) -> list[BatchPlan]:
+        """Return the batches of a bucket with these numbers."""
         size, global_batch_size = self._sizes[bucket], self._global_batch_sizes[bucket]
-        start = number * global_batch_size
-        visits, places = np.divmod(np.arange(start, start + global_batch_size, dtype=np.int64), size)
+        positions = numbers[:, None] * global_batch_size + np.arange(global_batch_size, dtype=np.int64)
+        visits, places = np.divmod(positions, size)
         passes, which = np.unique(visits, return_inverse=True)
         permutation = KeyedPermutation(size, *(f"{self._seed}/{bucket}/{number}" for number in passes.tolist()))
-        return BatchPlan(bucket, tuple(permutation(places, which).tolist()), tuple(visits.tolist()))
+        indices = permutation(places.ravel(), which.ravel()).reshape(visits.shape)
+        return [
+            BatchPlan(bucket, tuple(row.tolist()), tuple(row_visits.tolist()))
+            for row, row_visits in zip(indices, visits, strict=True)
+        ]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cache_store.contract import FieldSpec
     from cache_store.local_copies import LocalCopies
+    from cache_store.reader import RawBatch
     from cache_store.snapshot import Snapshot
     from diffsynth_pipe.training.randomness import CaptionDropout
     from diffsynth_pipe.training.sampler import BatchPlan
@@ -127,18 +128,22 @@ class CachedSource:
             allocate=_pinned if torch.cuda.is_available() else None,
             copies=self._copies,
         )
+
+        def finish(plan: BatchPlan, raw: RawBatch) -> Batch:
+            return Batch(
+                fields={name: _tensor(raw.fields[name], dtypes[name]) for name in self._fields},
+                lengths={name: torch.from_numpy(lengths) for name, lengths in raw.lengths.items()},
+                sample_ids=raw.sample_ids,
+                visits=plan.visits,
+                slots=plan.slots,
+                num_slots=plan.num_slots,
+            )
+
         # latency is hidden by batches in flight, not by threads that work
         ahead = {"depth": 16, "num_threads": 8} if is_remote else {"num_threads": self._num_threads}
-        with Prefetcher(reader, requests, **ahead) as prefetcher:
-            for plan, raw in prefetcher:
-                yield Batch(
-                    fields={name: _tensor(raw.fields[name], dtypes[name]) for name in self._fields},
-                    lengths={name: torch.from_numpy(lengths) for name, lengths in raw.lengths.items()},
-                    sample_ids=raw.sample_ids,
-                    visits=plan.visits,
-                    slots=plan.slots,
-                    num_slots=plan.num_slots,
-                )
+        with Prefetcher(reader, requests, finish=finish, **ahead) as prefetcher:
+            for _, batch in prefetcher:
+                yield batch
 
     def _captions(
         self, positions: NDArray[np.int64], plan: BatchPlan, dropout: CaptionDropout | None

@@ -348,14 +348,23 @@ def test_user_errors_are_one_line_and_exit_code_2(parameters, changed, message, 
     assert message in errors[0]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"zero_optimization": 3}'])
-def test_a_deepspeed_file_that_cannot_be_used_is_named(parameters, monkeypatch, tmp_path, capfd, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "has no object 'zero_optimization'"),
+        ('{"zero_optimization": 3}', "has no object 'zero_optimization'"),
+        ('{"zero_optimization": {"stage": 0}}', "its zero_optimization has no stage 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 2}, "scheduler": {}}', "has 'scheduler', which a resumed run could not"),
+    ],
+)
+def test_a_deepspeed_file_that_cannot_be_used_is_named(parameters, monkeypatch, tmp_path, capfd, text, message):
     path = tmp_path / "zero3.json"
     path.write_text(text)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", os.fspath(path))
     assert main(flags(parameters)) == 2
-    assert f"error: {path}: " in capfd.readouterr().err
+    assert f"error: {path}: {message}" in capfd.readouterr().err
 
 
 def test_an_engine_that_was_not_asked_for_ends_the_run(parameters):

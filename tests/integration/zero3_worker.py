@@ -5,6 +5,7 @@ Arguments: folder of a large denoiser, folder of the tiny one, folder for ``rank
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -94,6 +95,7 @@ def main(large, tiny, out):
     report |= first_step(model, accelerator, config)
     (out / f"rank-{accelerator.process_index}.json").write_text(json.dumps(report))
     accelerator.end_training()
+    os._exit(0)  # as the train command does, and for the same reason
 
 
 if __name__ == "__main__":

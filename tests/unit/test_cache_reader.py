@@ -341,8 +341,12 @@ def test_an_error_of_the_plan_reaches_the_caller(snapshot):
         yield 0, [0]
         raise KeyError("plan")
 
-    with Prefetcher(BatchReader(snapshot, FIELDS), plan()) as prefetcher, pytest.raises(KeyError, match="plan"):
-        next(prefetcher)
+    with Prefetcher(BatchReader(snapshot, FIELDS), plan()) as prefetcher:
+        assert next(prefetcher)[0] == 0
+        with pytest.raises(KeyError, match="plan"):
+            next(prefetcher)
+        with pytest.raises(StopIteration):
+            next(prefetcher)
 
 
 def test_leaving_early_stops_the_threads(snapshot):
