@@ -94,7 +94,7 @@ def set_accumulation(accelerator: Accelerator, config: RunConfig, num_micro_batc
     """Set the micro-steps per optimizer step, so that a run that goes on has the global batch it began with.
 
     Args:
-        accelerator: Not used yet.
+        accelerator: Before it has prepared a model.
         config: The run.
         num_micro_batches: Micro-batches of an optimizer step over all ranks when the run began; None if it begins now.
 
