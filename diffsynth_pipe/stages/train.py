@@ -212,7 +212,15 @@ def _load_models(
     if config.resume_from_checkpoint is not None:
         prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
         load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)
-    outputs = _make_trainable(config, family, components, files, lineage, resolution_of(source.bucket_sizes))
+    outputs = _make_trainable(
+        config,
+        family,
+        components,
+        files,
+        lineage,
+        resolution_of(source.bucket_sizes),
+        writes=accelerator.is_main_process,
+    )
     if recompute is not None:
         for component in components.values():
             enable(module_of(component), recompute)
@@ -302,16 +310,19 @@ def _make_trainable(
     files: Mapping[str, ComponentFiles],
     lineage: Mapping[str, object],
     resolution: str | None,
+    *,
+    writes: bool,
 ) -> list[Output]:
     """Unfreeze what is to be trained, add the LoRA, and return what a checkpoint holds of both.
 
     A preset LoRA is fused into the denoiser before, and the LoRA starts from a file, as far as the run names them.
+    Every rank must take part; ``writes`` says whether this one writes the checkpoints.
     """
     from diffsynth_pipe.training.engine import compute_dtype
     from diffsynth_pipe.training.fp8 import hold_in_fp8
     from diffsynth_pipe.training.lora import add_lora, fuse_lora, load_lora, lora_parameters, lora_settings
     from diffsynth_pipe.training.lora_file import export_lora, read_lora
-    from diffsynth_pipe.training.outputs import LoraOutput, ModelOutput
+    from diffsynth_pipe.training.outputs import LoraOutput, ModelOutput, frozen_weights
 
     outputs: list[Output] = []
     for name in comma_list(config.trainable_models):
@@ -325,6 +336,7 @@ def _make_trainable(
                 name=name,
                 subfolder=spec.subfolder,
                 files=files[name],
+                frozen=frozen_weights(module, keep=writes),
                 prefix="" if config.remove_prefix_in_ckpt else f"pipe.{name}.",
                 lineage=lineage,
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from diffsynth_pipe.training import checkpoints
+from diffsynth_pipe.training.zero3 import whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -67,11 +68,11 @@ class ModelOutput:
     """A whole model in the layout of its repository, in the dtype that it was loaded in.
 
     Attributes:
-        model: The model; what is not trained of it, such as buffers, is taken from here.
+        model: The model; its buffers are taken from here.
         name: Its name in the ``LossModule``: ``text_encoder``.
         subfolder: Its folder in the repository: ``transformer``.
         files: Where it was loaded from; all but the weights is copied from there.
-        dtype: Of the written weights.
+        frozen: What ``frozen_weights`` returned.
         prefix: Put before every name.
         lineage: What the weights were made from.
     """
@@ -80,6 +81,7 @@ class ModelOutput:
     name: str
     subfolder: str
     files: ComponentFiles
+    frozen: Mapping[str, Tensor]
     prefix: str
     lineage: Mapping[str, object]
 
@@ -89,10 +91,12 @@ class ModelOutput:
         from huggingface_hub import split_torch_state_dict_into_shards
 
         prefix = f"models.{self.name}."
+        known = {**self.frozen, **{name.removeprefix(prefix): weight for name, weight in weights.items()}}
         tensors = {
-            f"{self.prefix}{name}": weights.get(prefix + name, tensor).detach().to("cpu", tensor.dtype).contiguous()
+            f"{self.prefix}{name}": known.get(name, tensor).detach().to("cpu", tensor.dtype).contiguous()
             for name, tensor in self.model.state_dict().items()
         }
+        assert all(tensor.numel() for tensor in tensors.values()), "part of the model lies on other ranks"
         subfolder = f"{self.subfolder}{suffix}"
         target = folder / subfolder
         target.mkdir()
@@ -111,3 +115,17 @@ class ModelOutput:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             (target / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         return [f"{subfolder}/{file}" for file in shards.filename_to_tensors]
+
+
+def frozen_weights(model: Module, *, keep: bool) -> dict[str, Tensor]:
+    """Return the parameters of a model that are not trained, on the CPU, as ZeRO-3 leaves nothing of them in it.
+
+    Every rank must take part; those that do not ``keep`` them get nothing.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            with whole([parameter]):
+                if keep:
+                    weights[name] = parameter.detach().cpu()
+    return weights
