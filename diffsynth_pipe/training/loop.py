@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -334,18 +335,21 @@ class Loop:
         """Publish a checkpoint; return it, and the files in it that a user loads. Every rank must take part."""
         engine, is_main = self._engine, self._accelerator.is_main_process
         weights = states.master_weights(engine, self._trainable)
+        averages = self._moving_average and {
+            name: weight.cpu() for name, weight in self._moving_average.weights.items()
+        }
         files: list[str] = []
 
         def write(folder: Path) -> None:
             for output in self._outputs:
                 files.extend(output.write(folder, weights, step))
-                if self._moving_average:
-                    files.extend(output.write(folder, self._moving_average.weights, step, "_ema"))
+                if averages:
+                    files.extend(output.write(folder, averages, step, "_ema"))
             state_folder = folder / run_dirs.STATE_FOLDER
             state_folder.mkdir()
             safetensors.torch.save_file(weights, state_folder / f"{states.WEIGHTS}.safetensors")
-            if self._moving_average:
-                safetensors.torch.save_file(self._moving_average.weights, state_folder / f"{states.EMA}.safetensors")
+            if averages:
+                safetensors.torch.save_file(averages, state_folder / f"{states.EMA}.safetensors")
             numbers = states.write_optimizer(engine, self._trainable, state_folder)
             run_dirs.write_state(
                 state_folder,
@@ -362,8 +366,14 @@ class Loop:
             )
 
         if is_main:
-            checkpoint = run_dirs.publish(self._run_dir, step, write)
-            self._thin_out(run_dirs.NUM_STATES)
+            try:
+                checkpoint = run_dirs.publish(self._run_dir, step, write)
+                self._thin_out(run_dirs.NUM_STATES)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise LaunchError(
+                    f"step {step} cannot be saved in {self._run_dir}: {error}; check permissions and free space, then "
+                    "run the same command again"
+                ) from error
         else:
             states.write_optimizer(engine, self._trainable, self._run_dir)  # its collectives, no file
             checkpoint = run_dirs.checkpoint_of(self._run_dir, step)
