@@ -334,18 +334,20 @@ class Loop:
         """Publish a checkpoint; return it, and the files in it that a user loads. Every rank must take part."""
         engine, is_main = self._engine, self._accelerator.is_main_process
         weights = states.master_weights(engine, self._trainable)
+        ema = self._moving_average  # on the training device
+        averages = ema and {name: weight.cpu() for name, weight in ema.weights.items()}
         files: list[str] = []
 
         def write(folder: Path) -> None:
             for output in self._outputs:
                 files.extend(output.write(folder, weights, step))
-                if self._moving_average:
-                    files.extend(output.write(folder, self._moving_average.weights, step, "_ema"))
+                if averages:
+                    files.extend(output.write(folder, averages, step, "_ema"))
             state_folder = folder / run_dirs.STATE_FOLDER
             state_folder.mkdir()
             safetensors.torch.save_file(weights, state_folder / f"{states.WEIGHTS}.safetensors")
-            if self._moving_average:
-                safetensors.torch.save_file(self._moving_average.weights, state_folder / f"{states.EMA}.safetensors")
+            if averages:
+                safetensors.torch.save_file(averages, state_folder / f"{states.EMA}.safetensors")
             numbers = states.write_optimizer(engine, self._trainable, state_folder)
             run_dirs.write_state(
                 state_folder,
