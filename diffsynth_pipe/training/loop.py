@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -364,8 +365,14 @@ class Loop:
             )
 
         if is_main:
-            checkpoint = run_dirs.publish(self._run_dir, step, write)
-            self._thin_out(run_dirs.NUM_STATES)
+            try:
+                checkpoint = run_dirs.publish(self._run_dir, step, write)
+                self._thin_out(run_dirs.NUM_STATES)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise LaunchError(
+                    f"step {step} cannot be saved in {self._run_dir}: {error}; check permissions and free space, then "
+                    "run the same command again"
+                ) from error
         else:
             states.write_optimizer(engine, self._trainable, self._run_dir)  # its collectives, no file
             checkpoint = run_dirs.checkpoint_of(self._run_dir, step)

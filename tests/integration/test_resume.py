@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -191,6 +192,21 @@ def test_a_kill_at_any_moment_costs_steps_and_no_bit_of_the_result(parameters, o
     assert num_kills == 3
     run = json.loads((run_dir / "run.json").read_text())
     assert (run_dir / run["lora_path"]).read_bytes() == lora_bytes(whole)
+
+
+def test_a_full_disk_ends_in_one_line_and_costs_no_checkpoint(parameters, tmp_path):
+    """``RLIMIT_FSIZE`` stands for a full disk: the kernel itself refuses the write."""
+    stopped_at(parameters, 2)
+    run_dir = plan_train(load_config(None, parameters)).path
+    command = [sys.executable, "-m", "diffsynth_pipe.train"]
+    command += [text for name, value in parameters.items() for text in (f"--{name}", str(value))]
+    limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *command]  # 16 KiB, less than the LoRA
+    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert re.search(rf"^error: step \d+ cannot be saved in {run_dir}: .*File too large", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+    assert [checkpoint.step for checkpoint in resumable(run_dir)] == [2]
+    assert train(load_config(None, parameters)).state == "Resumed"
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3_cpu_offload"])
