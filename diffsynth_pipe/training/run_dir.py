@@ -90,11 +90,12 @@ def only_training(run_dir: Path) -> Iterator[None]:
     """
     descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another process trains into {run_dir}: wait for it, or stop it with SIGTERM"
+            raise RunDirBusy(message) from None
         yield
-    except BlockingIOError:
-        message = f"another process trains into {run_dir}: wait for it, or stop it with SIGTERM"
-        raise RunDirBusy(message) from None
     finally:
         os.close(descriptor)
 
