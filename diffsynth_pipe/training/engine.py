@@ -38,12 +38,12 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """A denoiser that is ready to be trained.
+    """The models of a step, ready to be trained.
 
     Attributes:
-        model: Called in the place of the denoiser.
+        model: The ``LossModule``, as the engine wraps it.
         optimizer: Steps on the trainable parameters; under DeepSpeed the engine steps by itself.
-        compute_dtype: Dtype of the denoiser's weights and inputs.
+        compute_dtype: Dtype of the models' weights and inputs.
         description: One line for people and for ``run.json``.
     """
 
