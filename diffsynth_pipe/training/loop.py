@@ -335,9 +335,8 @@ class Loop:
         """Publish a checkpoint; return it, and the files in it that a user loads. Every rank must take part."""
         engine, is_main = self._engine, self._accelerator.is_main_process
         weights = states.master_weights(engine, self._trainable)
-        averages = self._moving_average and {
-            name: weight.cpu() for name, weight in self._moving_average.weights.items()
-        }
+        ema = self._moving_average  # on the training device
+        averages = ema and {name: weight.cpu() for name, weight in ema.weights.items()}
         files: list[str] = []
 
         def write(folder: Path) -> None:

@@ -35,6 +35,7 @@ NUM_STATES = 2
 
 _NAME = re.compile(r"step-(\d{6,})")
 _SCRATCH = ".unfinished"
+_LOCK = ".training"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ def only_training(run_dir: Path) -> Iterator[None]:
     Raises:
         RunDirBusy: One is at it.
     """
-    descriptor = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # A file, opened for writing: NFS locks no other.
+    descriptor = os.open(run_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,21 @@ def test_a_kill_at_any_moment_costs_steps_and_no_bit_of_the_result(parameters, o
     assert (run_dir / run["lora_path"]).read_bytes() == lora_bytes(whole)
 
 
+def test_a_full_disk_ends_in_one_line_and_costs_no_checkpoint(parameters, tmp_path):
+    """``RLIMIT_FSIZE`` stands for a full disk: the kernel itself refuses the write."""
+    stopped_at(parameters, 2)
+    run_dir = plan_train(load_config(None, parameters)).path
+    command = [sys.executable, "-m", "diffsynth_pipe.train"]
+    command += [text for name, value in parameters.items() for text in (f"--{name}", str(value))]
+    limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *command]  # 16 KiB, less than the LoRA
+    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert re.search(rf"^error: step \d+ cannot be saved in {run_dir}: .*File too large", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
+    assert [checkpoint.step for checkpoint in resumable(run_dir)] == [2]
+    assert train(load_config(None, parameters)).state == "Resumed"
+
+
 @pytest.mark.parametrize("engine", ["ddp", "zero3_cpu_offload"])
 def test_the_number_of_ranks_may_change_on_the_way(parameters, other_output, engine):
     """One rank, then two, then one: the same samples, noise and noise levels in each step, so the same losses."""
@@ -264,4 +280,4 @@ def test_two_trainings_of_one_run_do_not_write_over_each_other(parameters):
     run_dir.mkdir(parents=True)
     with only_training(run_dir), pytest.raises(RunDirBusy, match=f"another process trains into {run_dir}"):
         train(config)
-    assert [path.name for path in run_dir.iterdir()] == []
+    assert not [path.name for path in run_dir.iterdir() if not path.name.startswith(".")]
