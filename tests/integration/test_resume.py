@@ -179,9 +179,10 @@ def test_a_state_holds_what_is_trained_and_nothing_of_the_base(parameters):
 
 
 def test_a_kill_at_any_moment_costs_steps_and_no_bit_of_the_result(parameters, other_output, tmp_path):
-    """SIGKILL from a thread, at random moments, until the run gets through."""
-    whole = train(load_config(None, other_output | {"save_steps": 1}))
-    command = [sys.executable, "-m", "diffsynth_pipe.train", "--save_steps", "1"]
+    """SIGKILL from a thread, at random moments; the run is long enough for all of them."""
+    parameters |= {"num_epochs": 8, "save_steps": 2}
+    whole = train(load_config(None, parameters | {"output_path": other_output["output_path"]}))
+    command = [sys.executable, "-m", "diffsynth_pipe.train"]
     command += [text for name, value in parameters.items() for text in (f"--{name}", str(value))]
     draw = random.Random(0)
     run_dir = plan_train(load_config(None, parameters)).path
