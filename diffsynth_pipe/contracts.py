@@ -29,6 +29,9 @@ CAPTION_COLUMN = "prompt"
 EMPTY_CAPTION_ID = "0" * 32
 """Id of the reserved sample whose caption is empty; all else of it is the first sample's."""
 
+Media = Literal["image", "images", "video"]
+"""How a cell is loaded: an RGB ``PIL.Image``; a list of them; uint8 frames ``[frame, height, width, 3]``."""
+
 Components = Mapping[str, Any]
 """Loaded components by name. A value is a module, or the family's own bundle of it (as ``model``) and what it needs."""
 
@@ -43,7 +46,8 @@ class Input(Protocol):
     def load(self) -> Any:
         """Return what an encode unit takes.
 
-        A ``str`` for text, an RGB ``PIL.Image`` of the final size for an image, what ``parse`` made of other cells.
+        A ``str`` for text, pixels of the final size for a file as the unit's ``media`` says, what ``parse`` made of
+        another cell.
 
         Raises:
             DataError: The file cannot be decoded.
@@ -86,6 +90,9 @@ class EncodeUnit:
         parse: How the cells of columns are read that are neither text nor files: each returns a JSON value, or raises
             ``ValueError`` with what a cell must be. ``extra_inputs`` must name these columns.
         bucket_by: Those of them whose values must be equal within a batch.
+        media: How the cells of its columns of files are loaded, where not as one image. ``extra_inputs`` must name such
+            columns too, but for ``video``.
+        enabled_by: What ``extra_inputs`` must name for the unit to take part; None: it always does.
         note: Returns what a person should know of the record of these inputs, such as that a caption was cut; mostly
             None. Stored beside the record, and no part of the recipe.
     """
@@ -99,7 +106,14 @@ class EncodeUnit:
     version: int = 1
     parse: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     bucket_by: tuple[str, ...] = ()
+    media: Mapping[str, Media] = field(default_factory=dict)
+    enabled_by: str | None = None
     note: Callable[[Components, Mapping[str, Any]], str | None] | None = None
+
+    @property
+    def extra_columns(self) -> tuple[str, ...]:
+        """The columns that ``extra_inputs`` must name."""
+        return (*self.parse, *(column for column in self.media if column != "video"))
 
 
 def column_unit(column: str) -> EncodeUnit:
@@ -336,10 +350,7 @@ class TrainingTask(Protocol):
     draws_noise_levels: bool
 
     def units(self, family: ModelFamily) -> tuple[EncodeUnit, ...]:
-        """Return the units that yield what the loss reads: the family's, and others behind them."""
-
-    def fields(self, family: ModelFamily) -> tuple[str, ...]:
-        """Return the fields that the loss reads."""
+        """Return the units that yield what the loss reads, which is all their fields: the family's, and its own."""
 
     def loss(
         self, family: ModelFamily, models: Mapping[str, Module], batch: Batch, draws: Draws, levels: NoiseLevels

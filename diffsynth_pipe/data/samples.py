@@ -48,10 +48,11 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
     metadata_path = Path(config.dataset_metadata_path)
     columns = needed_columns(units)
     parsers = {column: parse for unit in units for column, parse in unit.parse.items()}
-    unnamed = [column for column in columns if column in parsers and column not in comma_list(config.extra_inputs)]
-    if unnamed:
+    extra = list(dict.fromkeys(column for unit in units for column in unit.extra_columns))
+    if unnamed := [column for column in extra if column not in comma_list(config.extra_inputs)]:
         raise ConfigError(
-            f"extra_inputs: task {config.task!r} reads the columns {', '.join(parsers)}; also name {', '.join(unnamed)}"
+            f"extra_inputs: task {config.task!r} of family {config.family!r} reads the columns {', '.join(extra)}; "
+            f"also name {', '.join(unnamed)}"
         )
     bucket_columns = [column for unit in units for column in unit.bucket_by]
     file_columns = [column for column in columns if column in comma_list(config.data_file_keys)]

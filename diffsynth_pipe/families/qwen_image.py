@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule, ResolutionShift
-from diffsynth_pipe.errors import CacheMismatch, DataError, ModelError
+from diffsynth_pipe.errors import ModelError
+from diffsynth_pipe.modeling.fields import check_channels, noise_unit, to_pixels
+from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
+from diffsynth_pipe.modeling.tiny import write_repository
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor, device, dtype
     from torch.nn import Module
@@ -60,50 +62,28 @@ def load_text_encoder(files: ComponentFiles, dtype: dtype, device: device) -> Te
             f"tokenizer {str(files.companions['tokenizer'])!r}: the prompt template starts with {num_tokens} tokens "
             f"instead of {NUM_PREFIX_TOKENS}; use the tokenizer of the Qwen-Image repository"
         )
-    model = _load(Qwen2_5_VLForConditionalGeneration, files, dtype, device)
-    if files.fp8:
-        _hold_in_fp8(model, dtype)
-    return TextEncoder(model, tokenizer)
+    return TextEncoder(load_encoder(Qwen2_5_VLForConditionalGeneration, files, dtype, device), tokenizer)
 
 
 def load_vae(files: ComponentFiles, dtype: dtype, device: device) -> Any:
     """Load the VAE."""
     from diffusers import AutoencoderKLQwenImage
 
-    model = _load(AutoencoderKLQwenImage, files, dtype, device)
-    if files.fp8:
-        _hold_in_fp8(model, dtype)
-    return model
+    return load_encoder(AutoencoderKLQwenImage, files, dtype, device)
 
 
 def load_dit(files: ComponentFiles, dtype: dtype, device: device) -> Any:
     """Load the denoiser."""
     from diffusers import QwenImageTransformer2DModel
 
-    return _load(QwenImageTransformer2DModel, files, dtype, device)
+    return load_denoiser(QwenImageTransformer2DModel, files, dtype, device)
 
 
 def build_dit(folder: Path) -> Module:
     """Build the denoiser with new weights."""
     from diffusers import QwenImageTransformer2DModel
 
-    model: Module = QwenImageTransformer2DModel.from_config(QwenImageTransformer2DModel.load_config(folder))
-    return model.eval()
-
-
-def _load(model_class: Any, files: ComponentFiles, dtype: dtype, device: device) -> Any:
-    model = model_class.from_pretrained(files.folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _hold_in_fp8(model: Any, compute_dtype: dtype) -> None:
-    """Store linear and convolution weights in FP8; a layer casts its own to compute, and back."""
-    import torch
-    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN, apply_layerwise_casting
-
-    # The head may share its weights with the embedding, which is no layer that casts; it is not run.
-    skipped = (*DEFAULT_SKIP_MODULES_PATTERN, "lm_head")
-    apply_layerwise_casting(model, torch.float8_e4m3fn, compute_dtype, skip_modules_pattern=skipped)
+    return build_denoiser(QwenImageTransformer2DModel, folder)
 
 
 def encode_text(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -132,12 +112,10 @@ def note_on_text(components: Components, inputs: Mapping[str, Any]) -> str | Non
 
 def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Encode one RGB image into normalised latents: ``latents`` [16, 1, height/8, width/8], the posterior's mode."""
-    import numpy as np
     import torch
 
     vae = components["vae"]
-    pixels_hwc = np.asarray(inputs["image"], dtype=np.float32) / 255.0
-    pixels = torch.from_numpy(pixels_hwc.transpose(2, 0, 1)) * 2.0 - 1.0
+    pixels = to_pixels(inputs["image"])
     mode = vae.encode(pixels[None, :, None].to(vae.device, vae.dtype)).latent_dist.mode()[0]
     mean, std = (
         torch.tensor(values, dtype=mode.dtype, device=mode.device).view(-1, 1, 1, 1)
@@ -146,54 +124,7 @@ def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[st
     return {"latents": (mode - mean) / std}
 
 
-def draw_noise(_: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Draw the noise that a seed stands for: ``noise`` [16, 1, height/8, width/8].
-
-    It is drawn in float32 and rounded to bfloat16 when it is stored, as the reference does. diffusers' pipeline draws
-    in its own dtype; in bfloat16 torch's CPU rounds the same float32 numbers, as 16 divides their count. CUDA draws
-    others than the CPU for the same seed.
-
-    Raises:
-        DataError: The noise is to be drawn on a device that is not here.
-    """
-    import torch
-
-    width, height = inputs["image"].size
-    device = inputs["rand_device"]
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DataError("rand_device: 'cuda', but there is none here; write cpu if the teacher drew its noise there")
-    generator = torch.Generator(device).manual_seed(inputs["seed"])
-    noise = torch.randn(1, 16, height // 8, width // 8, generator=generator, device=device, dtype=torch.float32)
-    return {"noise": noise[0][:, None]}
-
-
-def parse_seed(cell: Any) -> int:
-    """Read a seed as torch takes it.
-
-    Raises:
-        ValueError: It is not one.
-    """
-    try:
-        seed = int(str(cell))
-    except ValueError:
-        seed = -1
-    if not 0 <= seed < 2**63:
-        message = "a whole number from 0 to 2^63-1"
-        raise ValueError(message)
-    return seed
-
-
-def parse_rand_device(cell: Any) -> str:
-    """Read the kind of a device; its number does not change what it draws.
-
-    Raises:
-        ValueError: It is no such device.
-    """
-    kind, _, number = str(cell).strip().partition(":")
-    if kind not in ("cpu", "cuda") or not (number or "0").isdigit():
-        message = "cpu, cuda or cuda:<number>"
-        raise ValueError(message)
-    return kind
+LATENT_DIMS = ("channel", "frame", "height", "width")
 
 
 class QwenImage:
@@ -230,21 +161,13 @@ class QwenImage:
         EncodeUnit(
             name="latents",
             inputs=("image",),
-            outputs=(FieldSpec(name="latents", dtype="bfloat16", dims=("channel", "frame", "height", "width")),),
+            outputs=(FieldSpec(name="latents", dtype="bfloat16", dims=LATENT_DIMS),),
             component="vae",
             encode=encode_latents,
             recipe={"pixels": "x/255*2-1 in float32", "posterior": "mode", "normalization": "(z-mean)/std"},
         ),
     )
-    noise_unit = EncodeUnit(
-        name="noise",
-        inputs=("image", "seed", "rand_device"),
-        outputs=(FieldSpec(name="noise", dtype="bfloat16", dims=("channel", "frame", "height", "width")),),
-        component=None,
-        encode=draw_noise,
-        parse={"seed": parse_seed, "rand_device": parse_rand_device},
-        recipe={"draw": "torch.randn in float32"},
-    )
+    noise_unit = noise_unit("image", LATENT_DIMS, lambda image: (16, 1, image.height // 8, image.width // 8))
     schedule = FlowMatchSchedule(
         shift_type="exponential",
         shift=0.8,
@@ -262,20 +185,8 @@ class QwenImage:
 
     def check_fields(self, dit_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse cached fields that this denoiser cannot take; see ``ModelFamily``."""
-        num_channels = {
-            name: (shapes[name][axis], expected)
-            for name, axis, expected in (
-                ("prompt_emb", -1, dit_config["joint_attention_dim"]),
-                ("latents", 0, dit_config["in_channels"] // PATCH**2),
-            )
-            if name in shapes
-        }
-        for name, (found, expected) in num_channels.items():
-            if found != expected:
-                raise CacheMismatch(
-                    f"the cache holds {name} with {found} channels, but the denoiser takes {expected}; "
-                    "train the model that the cache was made for, or run data_process with this one"
-                )
+        latent_channels = dit_config["in_channels"] // PATCH**2
+        check_channels(shapes, {"prompt_emb": (-1, dit_config["joint_attention_dim"]), "latents": (0, latent_channels)})
 
     def num_tokens(self, latents_shape: Sequence[int]) -> int:
         """Return the number of 2x2 patches; see ``ModelFamily``."""
@@ -314,20 +225,8 @@ class QwenImage:
         }
 
     def write_tiny(self, folder: Path) -> None:
-        """Write a tiny repository with random weights, the same bytes on every call; leave one that exists as it is.
-
-        Raises:
-            ModelError: The folder holds something else.
-        """
-        if (folder / "model_index.json").exists():
-            return
-        if folder.exists() and any(folder.iterdir()):
-            raise ModelError(f"{str(folder)!r} is not empty and holds no model_index.json; choose a new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            complete = Path(scratch) / folder.name
-            _tiny_pipeline().save_pretrained(complete, safe_serialization=True)
-            complete.rename(folder)
+        """Write a tiny repository; see ``modeling.tiny.write_repository``."""
+        write_repository(folder, _tiny_pipeline)
 
 
 def _tiny_tokenizer() -> Any:
@@ -341,7 +240,6 @@ def _tiny_tokenizer() -> Any:
 
 def _tiny_pipeline() -> Any:
     """Build the real classes at the smallest size that keeps every structural constraint (head sizes, rope axes)."""
-    import torch
     from diffusers import (
         AutoencoderKLQwenImage,
         FlowMatchEulerDiscreteScheduler,
@@ -372,32 +270,30 @@ def _tiny_pipeline() -> Any:
         "out_hidden_size": 64,
         "fullatt_block_indexes": [1],
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        transformer = QwenImageTransformer2DModel(
-            patch_size=PATCH,
-            in_channels=64,
-            out_channels=16,
-            num_layers=2,
-            attention_head_dim=32,
-            num_attention_heads=4,
-            joint_attention_dim=64,
-            guidance_embeds=False,
-            axes_dims_rope=(8, 12, 12),
+    transformer = QwenImageTransformer2DModel(
+        patch_size=PATCH,
+        in_channels=64,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+    text_encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text_config,
+            vision_config=vision_config,
+            image_token_id=token_id("<|image_pad|>"),
+            video_token_id=token_id("<|video_pad|>"),
+            vision_start_token_id=token_id("<|vision_start|>"),
+            vision_end_token_id=token_id("<|vision_end|>"),
         )
-        vae = AutoencoderKLQwenImage(
-            base_dim=16, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True]
-        )
-        text_encoder = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(
-                text_config=text_config,
-                vision_config=vision_config,
-                image_token_id=token_id("<|image_pad|>"),
-                video_token_id=token_id("<|video_pad|>"),
-                vision_start_token_id=token_id("<|vision_start|>"),
-                vision_end_token_id=token_id("<|vision_end|>"),
-            )
-        )
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(
         base_image_seq_len=256,
         base_shift=0.5,

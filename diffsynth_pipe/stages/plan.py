@@ -135,21 +135,25 @@ def trainable_models(config: RunConfig) -> frozenset[str]:
 
 def plan_cut(config: RunConfig, family: ModelFamily) -> Cut:
     """Cut the family's graph for the models that this run trains; metadata columns that cross are stored too."""
-    task = load_task(config.task_name)
-    units = task.units(family)
-    _check_extra_inputs(config, units)
-    split = cut(units, trainable_models(config), task.fields(family))
+    units = _enabled_units(config, load_task(config.task_name).units(family))
+    split = cut(units, trainable_models(config), tuple(spec.name for unit in units for spec in unit.outputs))
     return replace(split, cached=(*split.cached, *map(column_unit, split.columns)))
 
 
-def _check_extra_inputs(config: RunConfig, units: Sequence[EncodeUnit]) -> None:
-    known = [column for unit in units for column in unit.parse]
-    unknown = [column for column in comma_list(config.extra_inputs) if column not in known]
-    if unknown:
+def _enabled_units(config: RunConfig, units: Sequence[EncodeUnit]) -> list[EncodeUnit]:
+    """Return the units that take part in this run.
+
+    Raises:
+        ConfigError: ``extra_inputs`` names what no unit knows.
+    """
+    named = comma_list(config.extra_inputs)
+    known = dict.fromkeys(name for unit in units for name in (*unit.extra_columns, unit.enabled_by) if name)
+    if unknown := [name for name in named if name not in known]:
         raise ConfigError(
             f"extra_inputs: task {config.task!r} of family {config.family!r} reads no column {', '.join(unknown)}, only"
             f" {', '.join(known) or 'none'}"
         )
+    return [unit for unit in units if unit.enabled_by is None or unit.enabled_by in named]
 
 
 def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:

@@ -40,10 +40,6 @@ class DirectDistillation:
         )
         return (*family.units, family.noise_unit, sampling)
 
-    def fields(self, family: ModelFamily) -> tuple[str, ...]:
-        """Return all that the units yield."""
-        return tuple(output.name for unit in self.units(family) for output in unit.outputs)
-
     def loss(
         self,
         family: ModelFamily,

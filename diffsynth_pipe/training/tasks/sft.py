@@ -22,10 +22,6 @@ class SupervisedFineTuning:
         """Return the family's units."""
         return family.units
 
-    def fields(self, family: ModelFamily) -> tuple[str, ...]:
-        """Return all that the family's units yield: the latents, and what conditions the denoiser."""
-        return tuple(output.name for unit in family.units for output in unit.outputs)
-
     def loss(
         self, family: ModelFamily, models: Mapping[str, Module], batch: Batch, draws: Draws, levels: NoiseLevels
     ) -> Tensor:

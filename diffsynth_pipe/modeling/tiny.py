@@ -1,0 +1,38 @@
+"""Tiny repositories with random weights: the real classes and the real folder layout, for tests and trials on a CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffsynth_pipe.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def write_repository(folder: Path, build: Callable[[], Any]) -> None:
+    """Write a pipeline to a folder, the same bytes on every call; leave a repository that exists as it is.
+
+    Args:
+        folder: Of the repository.
+        build: Builds the diffusers pipeline; torch's generator is seeded for it, and put back after.
+
+    Raises:
+        ModelError: The folder holds something else.
+    """
+    import torch
+
+    if (folder / "model_index.json").exists():
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ModelError(f"{str(folder)!r} is not empty and holds no model_index.json; choose a new folder")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        pipeline = build()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        complete = Path(scratch) / folder.name
+        pipeline.save_pretrained(complete, safe_serialization=True)
+        complete.rename(folder)
