@@ -291,7 +291,9 @@ class RunConfig(BaseModel):
     tokenizer_path: str | None = _setting(
         "model-specific", "nothing", None, "Tokenizer folder. Default: the one beside the text encoder."
     )
-    processor_path: str | None = _planned("model-specific", "nothing", None, "Qwen-Image-Edit: processor folder.")
+    processor_path: str | None = _setting(
+        "model-specific", "nothing", None, "Image processor folder. Default: the one beside the text encoder."
+    )
     zero_cond_t: bool = _planned("model-specific", "weights", False, "Qwen-Image-Edit: timestep 0 for the condition.")
     initialize_model_on_cpu: bool = _setting(
         "model-specific", "nothing", False, "Load the weights on the CPU, then move them. DeepSpeed always does."

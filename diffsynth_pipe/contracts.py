@@ -167,6 +167,7 @@ class ComponentSpec:
             vision tower of a text encoder, would only decay.
         build: Builds it from the ``config.json`` of its folder with new weights, in the current default dtype; for
             components that are trained, which ZeRO-3 fills shard by shard.
+        switches: What the boolean RunConfig fields of these names do to the loaded model, when they are set.
     """
 
     subfolder: str
@@ -175,6 +176,7 @@ class ComponentSpec:
     companions: tuple[str, ...] = ()
     trained_part: str = ""
     build: Callable[[Path], Module] | None = None
+    switches: Mapping[str, Callable[[Module], None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

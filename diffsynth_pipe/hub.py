@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call a component's weights; ``from_pretrained`` reads no others from its folder."""
+COMPANION_PARAMETERS = {"tokenizer": "tokenizer_path", "processor": "processor_path"}
+"""The RunConfig fields that name another folder than the one beside a component."""
 SHARD_STEM = re.compile(r"-\d+-of-\d+$")
 UNFINISHED = ".unfinished_download"
 """Lies beside the weights while a download runs: what was cut off may lack files that nothing else would miss."""
@@ -67,8 +69,8 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
     ``config.json`` names. No file of another component is looked at.
 
     Args:
-        config: ``model_paths``, ``model_id_with_origin_paths`` and ``tokenizer_path`` name the files. Models by id lie
-            in ``$DIFFSYNTH_MODEL_BASE_PATH/<model id>``, by default below ``./models``.
+        config: ``model_paths``, ``model_id_with_origin_paths`` and ``COMPANION_PARAMETERS`` name the files. Models by
+            id lie in ``$DIFFSYNTH_MODEL_BASE_PATH/<model id>``, by default below ``./models``.
         family: The family of the components.
         names: The components to find.
 
@@ -100,7 +102,7 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
         if len(entries) > 1:
             texts = " and ".join(repr(entry.text) for entry in entries)
             raise ModelError(f"{len(entries)} model entries name the {name}: {texts}; keep one, its shards in one list")
-        files = _component_files(_locate(entries[0]), spec, config.tokenizer_path)
+        files = _component_files(_locate(entries[0]), spec, config)
         found[name] = replace(files, fp8=entries[0] in fp8_entries)
     return found
 
@@ -162,12 +164,13 @@ def _class_of(entry: _Entry) -> str:
     return _class_name(source.folder)
 
 
-def _component_files(source: _Source, spec: ComponentSpec, tokenizer_path: str | None) -> ComponentFiles:
+def _component_files(source: _Source, spec: ComponentSpec, config: RunConfig) -> ComponentFiles:
     companions = {name: source.folder.parent / name for name in spec.companions}
-    if tokenizer_path and "tokenizer" in companions:
-        companions["tokenizer"] = Path(tokenizer_path).absolute()
-        if not companions["tokenizer"].is_dir():
-            raise ModelFileMissing(f"tokenizer_path: {companions['tokenizer']} does not exist; correct the path")
+    for name, parameter in COMPANION_PARAMETERS.items():
+        if name in companions and (path := getattr(config, parameter)):
+            companions[name] = Path(path).absolute()
+            if not companions[name].is_dir():
+                raise ModelFileMissing(f"{parameter}: {companions[name]} does not exist; correct the path")
     _fetch(source, companions)
     weights = source.weights()
     shards = _indexed_shards(weights)

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def write_repository(folder: Path, build: Callable[[], Any]) -> None:
+def write_repository(folder: Path, build: Callable[[], Any], complete: Callable[[Path], None] | None = None) -> None:
     """Write a pipeline to a folder, the same bytes on every call; leave a repository that exists as it is.
 
     Args:
         folder: Of the repository.
         build: Builds the diffusers pipeline; torch's generator is seeded for it, and put back after.
+        complete: Adds to the new folder what the pipeline cannot save.
 
     Raises:
         ModelError: The folder holds something else.
@@ -33,6 +34,8 @@ def write_repository(folder: Path, build: Callable[[], Any]) -> None:
         pipeline = build()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        complete = Path(scratch) / folder.name
-        pipeline.save_pretrained(complete, safe_serialization=True)
-        complete.rename(folder)
+        new = Path(scratch) / folder.name
+        pipeline.save_pretrained(new, safe_serialization=True)
+        if complete is not None:
+            complete(new)
+        new.rename(folder)

@@ -35,6 +35,9 @@ State = Literal["Cached", "Resumed", "Completed"]
 
 STATE_OF_VERDICT: Mapping[Verdict, State] = {"hit": "Cached", "resume": "Resumed", "build": "Completed"}
 
+SWITCHES = ("zero_cond_t",)
+"""The RunConfig fields that ``ComponentSpec.switches`` may name."""
+
 TRAIN_VERSION = 1
 """Part of a training run's key; bumped by hand when the code changes the trained weights."""
 
@@ -162,6 +165,18 @@ def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:
     return sorted({"dit"} | live)
 
 
+def check_switches(config: RunConfig, family: ModelFamily) -> None:
+    """Refuse a switch that none of the family's components has.
+
+    Raises:
+        ConfigError: One is set.
+    """
+    known = {name for spec in family.components.values() for name in spec.switches}
+    for name in SWITCHES:
+        if getattr(config, name) and name not in known:
+            raise ConfigError(f"{name}: family {config.family!r} has no such switch; leave it out")
+
+
 def caption_fields(split: Cut) -> tuple[str, ...]:
     """Return the cached fields that are made of the caption alone, so that one record serves wherever it is dropped."""
     made_of: dict[str, frozenset[str]] = {}
@@ -282,6 +297,7 @@ def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
         data_digest: Digest of the samples, if the cache is yet to be made; otherwise the newest snapshot's.
     """
     family = load_family(config.family)
+    check_switches(config, family)
     if data_digest is None:
         data_digest = latest_snapshot(config).header["digest"]
     base = resolve_components(config, family, models_after_cut(config, family))

@@ -209,6 +209,10 @@ def _load_models(
         name: engines.load_component(accelerator, name, family.components[name], component, config)
         for name, component in files.items()
     }
+    for name, component in components.items():
+        for switch, turn_on in family.components[name].switches.items():
+            if getattr(config, switch):
+                turn_on(module_of(component))
     if config.resume_from_checkpoint is not None:
         prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
         load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from PIL import Image
+from family_samples import CELLS, media_columns, sample_values, write_media
 
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import Batch, ComponentFiles, load_family, load_task, plugin_names
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red circle", "three blue squares on a white table, 在 soft light", "two dots", "")
-CELLS = {"seed": 11, "rand_device": "cpu", "num_inference_steps": 3, "cfg_scale": 1}
-"""A cell for every column that units parse; a new one needs a line here."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Case:
 
     @property
     def extra_inputs(self) -> list[str]:
-        return [column for unit in self.units for column in unit.parse]
+        return list(dict.fromkeys(column for unit in self.units for column in unit.extra_columns))
 
     def batch(self, numbers) -> Batch:
         specs = [spec for unit in self.units for spec in unit.outputs]
@@ -91,8 +89,7 @@ def case(request, repo) -> Case:
     components = {unit.component: empty.load(unit.component) for unit in empty.units if unit.component}
     records = []
     for number, prompt in enumerate(PROMPTS):
-        values = {"prompt": prompt, "image": Image.effect_noise((64, 48), 20 + number).convert("RGB"), **CELLS}
-        values["seed"] += number
+        values = sample_values(empty.units, prompt, number)
         record = {}
         with torch.no_grad():
             for unit in empty.units:
@@ -173,25 +170,28 @@ def test_the_loss_depends_on_its_sample_and_nothing_else(case):
 
 
 @pytest.fixture
-def settings(case, photos, tmp_path, monkeypatch):
-    """Parameters of a run on six photos whose metadata have all columns of the task; two numbers of steps."""
+def settings(case, tmp_path, monkeypatch):
+    """Parameters of a run on six rows with all columns of the task; two numbers of steps."""
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(case.repo.parents[1]))
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "True")
-    lines = (photos / "metadata.csv").read_text("utf-8").splitlines()[1:]
+    data = tmp_path / "data"
+    data.mkdir()
+    media = media_columns(case.units)
     rows = []
-    for number, line in enumerate(lines):
-        image, _, prompt = line.partition(",")
-        cells = {column: CELLS[column] for column in case.extra_inputs}
+    for number in range(6):
+        files = {column: write_media(data, kind, number) for column, kind in media.items()}
+        cells = {column: CELLS[column] for column in case.extra_inputs if column in CELLS}
         changes = {"seed": number, "num_inference_steps": 2 + number % 2}
         cells |= {column: value for column, value in changes.items() if column in cells}
-        rows.append({"image": image, "prompt": prompt.strip('"'), **cells})
-    (photos / "metadata.json").write_text(json.dumps(rows), "utf-8")
+        rows.append({"prompt": PROMPTS[number % len(PROMPTS)], **files, **cells})
+    (data / "metadata.json").write_text(json.dumps(rows), "utf-8")
     model = f"{case.repo.parent.name}/{case.repo.name}"
     return {
         "family": next(name for name in plugin_names("diffsynth_pipe.families") if load_family(name) is case.family),
         "task": next(name for name in plugin_names("diffsynth_pipe.training.tasks") if load_task(name) is case.task),
-        "dataset_base_path": str(photos),
-        "dataset_metadata_path": str(photos / "metadata.json"),
+        "dataset_base_path": str(data),
+        "dataset_metadata_path": str(data / "metadata.json"),
+        "data_file_keys": ",".join(media),
         "extra_inputs": ",".join(case.extra_inputs) or None,
         "height": 32,
         "width": 48,
@@ -245,14 +245,14 @@ def test_missing_columns_are_named(case, settings):
     for row in rows:
         del row[case.extra_inputs[0]]
     path.write_text(json.dumps(rows), "utf-8")
-    with pytest.raises(DataError, match=rf"metadata\.json: no column '{case.extra_inputs[0]}', found image, prompt"):
+    with pytest.raises(DataError, match=rf"metadata\.json: no column '{case.extra_inputs[0]}', found prompt, "):
         data_process(load_config(None, settings))
 
 
 def test_a_wrong_cell_names_its_row(case, settings):
     path = Path(settings["dataset_metadata_path"])
     rows = json.loads(path.read_text("utf-8"))
-    for column in case.extra_inputs:
+    for column in [column for unit in case.units for column in unit.parse]:
         path.write_text(json.dumps([*rows[:3], {**rows[3], column: "x"}, *rows[4:]]), "utf-8")
         with pytest.raises(DataError, match=rf"^metadata\.json row 4 \(.*\): '{column}' is 'x', must be .") as caught:
             data_process(load_config(None, settings))

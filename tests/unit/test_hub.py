@@ -1,4 +1,5 @@
 import builtins
+import dataclasses
 import io
 import json
 import os
@@ -170,6 +171,16 @@ def test_a_folder_of_another_name_is_known_by_its_config(repo):
     assert resolve("dit", model_id_with_origin_paths=text)["dit"].folder == repo / "my-denoiser"
     with pytest.raises(ModelFileMissing, match=r"names the vae \(Autoencoder\).*my-denoiser.* is a 'Denoiser'"):
         resolve("vae", model_id_with_origin_paths=text)
+
+
+def test_processor_path_overrides_the_sibling(repo, tmp_path, monkeypatch):
+    encoder = dataclasses.replace(FAMILY.components["text_encoder"], companions=("tokenizer", "processor"))
+    monkeypatch.setitem(FAMILY.components, "text_encoder", encoder)
+    with pytest.raises(ModelFileMissing, match="processor does not exist"):
+        resolve("text_encoder", model_id_with_origin_paths=BY_ID)
+    (tmp_path / "patches").mkdir()
+    found = resolve("text_encoder", model_id_with_origin_paths=BY_ID, processor_path="patches")
+    assert found["text_encoder"].companions == {"tokenizer": repo / "tokenizer", "processor": tmp_path / "patches"}
 
 
 def test_tokenizer_path_overrides_the_sibling(repo, tmp_path):

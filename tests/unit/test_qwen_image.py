@@ -13,7 +13,8 @@ from PIL import Image
 
 from diffsynth_pipe.contracts import Batch, ComponentFiles
 from diffsynth_pipe.errors import ModelError
-from diffsynth_pipe.families.qwen_image import PLUGIN, encode_latents, encode_text, load_text_encoder, note_on_text
+from diffsynth_pipe.families.qwen_image import PLUGIN, encode_text, load_text_encoder, note_on_text
+from diffsynth_pipe.modeling.qwen import encode_latents
 from diffsynth_pipe.training.flow_match import sigma_grid
 
 CPU = torch.device("cpu")

@@ -1,0 +1,59 @@
+"""Samples for any family: a value in memory or a file for every column that its units read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from diffsynth_pipe.data.samples import needed_columns
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from diffsynth_pipe.contracts import EncodeUnit
+
+PROMPTS = ("", "a red circle", "three blue squares on a white table, 在 soft light")
+CELLS = {"seed": 11, "rand_device": "cpu", "num_inference_steps": 3, "cfg_scale": 1}
+"""A cell for every column that units parse; a new one needs a line here."""
+
+
+def media_columns(units: tuple[EncodeUnit, ...]) -> dict[str, str]:
+    """Return how each column of files is loaded."""
+    media = {column: kind for unit in units for column, kind in unit.media.items()}
+    return {
+        column: media.get(column, "image")
+        for column in needed_columns(units)
+        if column != "prompt" and column not in CELLS
+    }
+
+
+def random_media(kind: str, seed: int, height_px: int = 48, width_px: int = 64) -> Any:
+    """Return noise as an encode unit gets it: one image, two images of different sizes, or a video of five frames."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, height_px, width_px, 3), dtype=np.uint8)
+    if kind == "video":
+        return pixels
+    if kind == "images":
+        return [Image.fromarray(pixels[0]), Image.fromarray(pixels[1].transpose(1, 0, 2))]
+    return Image.fromarray(pixels[0])
+
+
+def sample_values(units: tuple[EncodeUnit, ...], prompt: str, seed: int) -> dict[str, Any]:
+    """Return a loaded value for every column of one sample."""
+    media = {column: random_media(kind, seed) for column, kind in media_columns(units).items()}
+    return {"prompt": prompt, **media, **CELLS, "seed": CELLS["seed"] + seed}
+
+
+def write_media(folder: Path, kind: str, seed: int) -> Any:
+    """Write ``random_media`` below a folder; return the metadata cell that names it."""
+    media = random_media(kind, seed)
+    if kind == "video":
+        first, *rest = map(Image.fromarray, media)
+        first.save(folder / f"{seed}.gif", save_all=True, append_images=rest)
+        return f"{seed}.gif"
+    images = media if kind == "images" else [media]
+    names = [f"{kind}-{seed}-{number}.png" for number in range(len(images))]
+    for image, name in zip(images, names, strict=True):
+        image.save(folder / name)
+    return names if kind == "images" else names[0]
