@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import ObjectNotFound
@@ -141,11 +142,22 @@ class Stack:
             assert time.monotonic() < deadline, f"{condition.__name__}: not within {timeout_s} s"
             time.sleep(POLL_S)
 
+    def processes(self) -> list[psutil.Process]:
+        """Return all living processes that the stack started, however far down: they inherit its ``PREFECT_HOME``."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("PREFECT_HOME") == self.env["PREFECT_HOME"]:
+                    found.append(process)
+        return found
+
     def close(self) -> None:
-        """Stop all that is left: workers before the server."""
-        for process in reversed(self._processes):
-            if process.poll() is None:
-                self.kill(process)
+        """Kill all that is left."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        for process in self._processes:
+            process.wait(60)
 
 
 @pytest.fixture(scope="session")
