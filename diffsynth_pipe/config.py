@@ -294,7 +294,12 @@ class RunConfig(BaseModel):
     processor_path: str | None = _setting(
         "model-specific", "nothing", None, "Image processor folder. Default: the one beside the text encoder."
     )
-    zero_cond_t: bool = _planned("model-specific", "weights", False, "Qwen-Image-Edit: timestep 0 for the condition.")
+    zero_cond_t: bool = _setting(
+        "model-specific",
+        "weights",
+        False,
+        "Qwen-Image-Edit-2511: timestep 0 for the images to be edited. Weights whose config.json says so do it anyway.",
+    )
     initialize_model_on_cpu: bool = _setting(
         "model-specific", "nothing", False, "Load the weights on the CPU, then move them. DeepSpeed always does."
     )

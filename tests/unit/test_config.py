@@ -164,6 +164,7 @@ OTHER_VALUES = {
     "max_pixels": ("65536", 65536, "cache"),
     "tokenizer_path": ("tokenizer", "tokenizer", "nothing"),
     "processor_path": ("processor", "processor", "nothing"),
+    "zero_cond_t": ("true", True, "weights"),
     "initialize_model_on_cpu": ("true", True, "nothing"),
     "apply_exif_orientation": ("false", False, "cache"),
     "encode_dtype": ("float32", "float32", "cache"),
