@@ -75,6 +75,26 @@ class ImageInput:
 
 
 @dataclass(frozen=True, slots=True)
+class ImagesInput:
+    """Several images of one cell; a list of one is not the same as one image."""
+
+    images: tuple[ImageInput, ...]
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of the images' digests."""
+        return json_digest([image.digest for image in self.images])
+
+    def load(self) -> list[Image.Image]:
+        """Return the pixels of each.
+
+        Raises:
+            DataError: As that of an image.
+        """
+        return [image.load() for image in self.images]
+
+
+@dataclass(frozen=True, slots=True)
 class ValueInput:
     """A JSON value."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +16,7 @@ from tqdm import tqdm
 from cache_store.store import RESERVED_BUCKET
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.contracts import CAPTION_COLUMN, EMPTY_CAPTION_ID, Sample
-from diffsynth_pipe.data.images import ImageInput, TextInput, ValueInput, read_size_px, target_size_px
+from diffsynth_pipe.data.images import ImageInput, ImagesInput, TextInput, ValueInput, read_size_px, target_size_px
 from diffsynth_pipe.data.metadata import read_metadata
 from diffsynth_pipe.errors import ConfigError, DataError
 from diffsynth_pipe.fingerprint import digest_files, json_digest
@@ -56,11 +59,20 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
         )
     bucket_columns = [column for unit in units for column in unit.bucket_by]
     file_columns = [column for column in columns if column in comma_list(config.data_file_keys)]
+    media = {column: kind for unit in units for column, kind in unit.media.items()}
+    if texts := [column for column in media if column not in file_columns]:
+        raise ConfigError(
+            f"data_file_keys: {config.data_file_keys!r} must also name {', '.join(texts)}, which hold files"
+        )
+    lists = [column for column, kind in media.items() if kind == "images"]
     if not file_columns:
         raise ConfigError(f"data_file_keys: {config.data_file_keys!r} names none of the columns {', '.join(columns)}")
 
-    rows = [(_source(metadata_path, row, file_columns), row) for row in read_metadata(metadata_path)]
-    _check_cells(metadata_path, rows, columns, file_columns, parsers)
+    rows = [
+        (_source(metadata_path, row, file_columns), row)
+        for row in (_with_lists(row, lists) for row in read_metadata(metadata_path))
+    ]
+    _check_cells(metadata_path, rows, columns, file_columns, lists, parsers)
     base = Path(config.dataset_base_path)
     sizes = _measure_files(config, size_multiple, rows, file_columns)
     digests = _by_chunks(list(sizes), "hashing files", partial(digest_files, num_threads=_num_threads(config)))
@@ -69,26 +81,29 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
     occurrences: Counter[str] = Counter()
     for source, row in rows:
         inputs: dict[str, Input] = {}
-        contents: dict[str, str] = {}
+        contents: dict[str, Any] = {}
         for column in columns:
             if column in file_columns:
-                path = base / row.values[column]
-                height, width = sizes[path]
-                inputs[column] = ImageInput(
-                    path=path,
-                    media_digest=digests[path],
-                    height=height,
-                    width=width,
-                    apply_exif=config.apply_exif_orientation,
-                    label=source,
-                )
-                contents[column] = digests[path]
+                images = [
+                    ImageInput(
+                        path=path,
+                        media_digest=digests[path],
+                        height=sizes[path][0],
+                        width=sizes[path][1],
+                        apply_exif=config.apply_exif_orientation,
+                        label=source,
+                    )
+                    for path in _paths(base, row, column)
+                ]
+                is_list = isinstance(row.values[column], list)
+                inputs[column] = ImagesInput(tuple(images)) if is_list else images[0]
+                contents[column] = [image.media_digest for image in images] if is_list else images[0].media_digest
             else:
                 value = row.values[column]
                 inputs[column] = ValueInput(parsers[column](value)) if column in parsers else TextInput(value)
                 contents[column] = inputs[column].digest
         content = json_digest(contents)
-        shapes = [sizes[base / row.values[column]] for column in file_columns]
+        shapes = [sizes[path] for column in file_columns for path in _paths(base, row, column)]
         sizes_px = "+".join(f"{height}x{width}" for height, width in shapes)
         samples.append(
             Sample(
@@ -122,8 +137,28 @@ def needed_columns(units: Sequence[EncodeUnit]) -> list[str]:
     return list(columns)
 
 
+def _with_lists(row: Row, columns: Sequence[str]) -> Row:
+    """Read the JSON lists that a csv holds as texts."""
+    values = dict(row.values)
+    for column in columns:
+        text = values.get(column)
+        if isinstance(text, str) and text.lstrip().startswith("["):
+            with contextlib.suppress(ValueError):
+                values[column] = json.loads(text)
+    return replace(row, values=values)
+
+
+def _names(row: Row, column: str) -> list[Any]:
+    value = row.values.get(column)
+    return value if isinstance(value, list) else [value]
+
+
+def _paths(base: Path, row: Row, column: str) -> list[Path]:
+    return [base / name for name in _names(row, column)]
+
+
 def _source(metadata_path: Path, row: Row, file_columns: Sequence[str]) -> str:
-    files = ", ".join(str(row.values[column]) for column in file_columns if row.values.get(column))
+    files = ", ".join(str(name) for column in file_columns for name in _names(row, column) if name)
     return f"{metadata_path.name} row {row.number}" + (f" ({files})" if files else "")
 
 
@@ -132,6 +167,7 @@ def _check_cells(
     rows: Sequence[tuple[str, Row]],
     columns: Sequence[str],
     file_columns: Sequence[str],
+    lists: Sequence[str],
     parsers: Mapping[str, Callable[[Any], Any]],
 ) -> None:
     for column in columns:
@@ -141,14 +177,24 @@ def _check_cells(
         f"{source}: {problem}"
         for source, row in rows
         for column in columns
-        if (problem := _cell_problem(row, column, parsers.get(column), is_file=column in file_columns))
+        if (
+            problem := _cell_problem(
+                row, column, parsers.get(column), is_file=column in file_columns, may_be_list=column in lists
+            )
+        )
     )
 
 
-def _cell_problem(row: Row, column: str, parse: Callable[[Any], Any] | None, *, is_file: bool) -> str | None:
+def _cell_problem(
+    row: Row, column: str, parse: Callable[[Any], Any] | None, *, is_file: bool, may_be_list: bool
+) -> str | None:
     if column not in row.values:
         return f"no {column!r}, found {', '.join(row.values)}; add it"
     value = row.values[column]
+    if may_be_list and isinstance(value, list):
+        if value and all(isinstance(name, str) and name.strip() for name in value):
+            return None
+        return f"{column!r} is {value!r}, expected a list of file names"
     if parse is not None:
         try:
             parse(value)
@@ -169,7 +215,7 @@ def _measure_files(
 ) -> dict[Path, tuple[int, int]]:
     """Return the training size (height, width) of every file, in pixels."""
     base = Path(config.dataset_base_path)
-    paths = list(dict.fromkeys(base / row.values[column] for _, row in rows for column in file_columns))
+    paths = list(dict.fromkeys(path for _, row in rows for name in file_columns for path in _paths(base, row, name)))
     with ThreadPoolExecutor(_num_threads(config)) as pool:
         measure = partial(_measure, config, multiple)
         measured = _by_chunks(paths, "checking files", lambda chunk: pool.map(measure, chunk))
@@ -177,7 +223,8 @@ def _measure_files(
         f"{source}: {error}"
         for source, row in rows
         for column in file_columns
-        if isinstance(error := measured[base / row.values[column]], DataError)
+        for path in _paths(base, row, column)
+        if isinstance(error := measured[path], DataError)
     )
     return {path: size for path, size in measured.items() if not isinstance(size, DataError)}
 

@@ -262,10 +262,20 @@ def test_a_wrong_cell_names_its_row(case, settings):
 
 def test_the_cache_of_another_task_is_refused_if_it_lacks_a_field(case, settings):
     for other in plugin_names("diffsynth_pipe.training.tasks"):
-        lacking = case.fields - dataclasses.replace(case, task=load_task(other)).fields
+        other_case = dataclasses.replace(case, task=load_task(other))
+        lacking = case.fields - other_case.fields
         if not lacking:
             continue
-        data_process(load_config(None, {**settings, "task": f"{other}:data_process", "extra_inputs": None}))
+        data_process(
+            load_config(
+                None,
+                {
+                    **settings,
+                    "task": f"{other}:data_process",
+                    "extra_inputs": ",".join(other_case.extra_inputs) or None,
+                },
+            )
+        )
         with pytest.raises(CacheMismatch, match=r"also needs .*; run data-process with this run's task") as caught:
             train(load_config(None, {**settings, "task": f"{settings['task']}:train"}))
         assert all(name in str(caught.value) for name in lacking)

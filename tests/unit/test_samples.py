@@ -1,5 +1,7 @@
+import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,3 +188,60 @@ def test_the_demo_dataset_can_be_used():
         height, width = map(int, sample.bucket.split("x"))
         assert sample.inputs["image"].load().size == (width, height)
         assert Path(sample.inputs["image"].path).name in (DEMO / "LICENSES.md").read_text()
+
+
+# lists of images
+
+EDITS = (
+    replace(unit("edit", ("edit_image",), "edit"), media={"edit_image": "images"}),
+    unit("latents", ("image",), "latents"),
+)
+
+
+def edits(folder, cells, suffix=".json", **parameters):
+    path = folder / f"metadata{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps([{"image": "red.png", "edit_image": cell} for cell in cells]))
+    else:
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("image", "edit_image"), *(("red.png", json.dumps(cell)) for cell in cells)])
+    settings = {"extra_inputs": "edit_image", "data_file_keys": "image,edit_image", "max_pixels": 4096, **parameters}
+    config = RunConfig(dataset_base_path=str(folder), dataset_metadata_path=str(path), **settings)
+    return list_samples(config, EDITS, 16)
+
+
+def test_a_cell_may_hold_several_images_whose_sizes_make_up_the_bucket(folder):
+    Image.new("RGB", (32, 32), "#ff0").save(folder / "small.png")
+    both, one, alone = edits(folder, [["green.png", "small.png"], ["green.png"], "green.png"])
+    assert (both.bucket, one.bucket, alone.bucket) == ("48x64+32x32+48x64", "48x64+48x64", "48x64+48x64")
+    assert [image.size for image in both.inputs["edit_image"].load()] == [(64, 48), (32, 32)]
+    assert isinstance(one.inputs["edit_image"].load(), list)
+    assert alone.inputs["edit_image"].load().size == (64, 48)
+    assert both.source == "metadata.json row 1 (green.png, small.png, red.png)"
+    assert len({sample.sample_id for sample in (both, one, alone)}) == 3
+    assert one.inputs["edit_image"].digest != alone.inputs["edit_image"].digest
+
+
+def test_a_csv_holds_lists_as_json(folder):
+    cells = [["green.png", "blue.png"], ["blue.png"]]
+    assert [sample.sample_id for sample in edits(folder, cells, ".csv")] == [
+        sample.sample_id for sample in edits(folder, cells)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cell", "problem"),
+    [
+        ([], r"'edit_image' is \[\], expected a list of file names"),
+        (["green.png", 3], r"'edit_image' is \['green.png', 3\], expected a list of file names"),
+        (["green.png", "gone.png"], r"gone\.png: cannot be read"),
+    ],
+)
+def test_a_list_that_names_no_images_is_refused(folder, cell, problem):
+    with pytest.raises(DataError, match=rf"^metadata\.json row 2 \(.*\): .*{problem}"):
+        edits(folder, ["green.png", cell])
+
+
+def test_a_column_of_images_must_be_a_file_column(folder):
+    with pytest.raises(ConfigError, match=r"^data_file_keys: 'image,video' must also name edit_image"):
+        edits(folder, ["green.png"], data_file_keys="image,video")
