@@ -9,6 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 
 DEMO := build/demo
 DEMO_MODELS := $(DEMO)/models
+FAMILY ?= qwen_image
 
 .PHONY: help demo test lint check bench torture format clean-demo
 .DEFAULT_GOAL := help
@@ -22,9 +23,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
-demo: $(INSTALLED)  ## Cache 18 photos and train a LoRA of a tiny Qwen-Image, on CPU
-	@$(BIN)/diffsynth-pipe tiny-model $(DEMO_MODELS)/tiny/Qwen-Image --family qwen_image
-	@DIFFSYNTH_MODEL_BASE_PATH=$(DEMO_MODELS) DIFFSYNTH_SKIP_DOWNLOAD=True $(BIN)/diffsynth-pipe run deploy/demo/run.yaml
+demo: $(INSTALLED)  ## Cache 18 photos and train a LoRA of a tiny Qwen-Image, on CPU; FAMILY=... takes another family
+	@test -f deploy/demo/$(FAMILY).yaml || { echo "no deploy/demo/$(FAMILY).yaml; FAMILY is one of $(basename $(notdir $(wildcard deploy/demo/*.yaml)))"; exit 2; }
+	@$(BIN)/diffsynth-pipe tiny-model $(DEMO_MODELS)/tiny/$(FAMILY) --family $(FAMILY)
+	@DIFFSYNTH_MODEL_BASE_PATH=$(DEMO_MODELS) DIFFSYNTH_SKIP_DOWNLOAD=True $(BIN)/diffsynth-pipe run deploy/demo/$(FAMILY).yaml
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest

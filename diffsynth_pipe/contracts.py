@@ -248,6 +248,7 @@ class ModelFamily(Protocol):
         lora_target_modules: Default LoRA targets; each must match at least one module.
         lora_prefix: What diffusers puts before the denoiser's names in a LoRA file: ``transformer``.
         architecture: What the metadata of a LoRA file calls the family's models: ``Qwen-Image``.
+        pipelines: The diffusers pipelines that ``model_index.json`` of its repositories may name.
     """
 
     components: Mapping[str, ComponentSpec]
@@ -259,6 +260,7 @@ class ModelFamily(Protocol):
     lora_target_modules: tuple[str, ...]
     lora_prefix: str
     architecture: str
+    pipelines: tuple[str, ...]
 
     def check_fields(self, dit_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse cached fields that this denoiser cannot take.
@@ -389,6 +391,17 @@ def load_family(name: str) -> ModelFamily:
     """Import the family of this name; its heavy imports wait until a component is loaded."""
     family: ModelFamily = load_plugin("diffsynth_pipe.families", name, "family")
     return family
+
+
+def families_of(class_name: str) -> list[str]:
+    """Return the families that train models of this class, or repositories of this pipeline."""
+    names = plugin_names("diffsynth_pipe.families")
+    families = {name: load_family(name) for name in names}
+    return [
+        name
+        for name, family in families.items()
+        if class_name in (*family.pipelines, *(spec.class_name for spec in family.components.values()))
+    ]
 
 
 def load_task(name: str) -> TrainingTask:

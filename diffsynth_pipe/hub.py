@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from diffsynth_pipe.contracts import ComponentFiles
+from diffsynth_pipe.contracts import ComponentFiles, families_of
 from diffsynth_pipe.errors import ConfigError, ModelError, ModelFileMissing
 
 if TYPE_CHECKING:
@@ -104,7 +104,27 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
             raise ModelError(f"{len(entries)} model entries name the {name}: {texts}; keep one, its shards in one list")
         files = _component_files(_locate(entries[0]), spec, config)
         found[name] = replace(files, fp8=entries[0] in fp8_entries)
+    if "dit" in found:
+        _check_pipeline(found["dit"].folder.parent / "model_index.json", family, config)
     return found
+
+
+def _check_pipeline(index: Path, family: ModelFamily, config: RunConfig) -> None:
+    """Refuse the denoiser of a repository that another family trains: classes alone do not tell them apart.
+
+    Encoders may come from anywhere.
+    """
+    pipeline = _read_json(index).get("_class_name") if index.is_file() else None
+    if pipeline and pipeline not in family.pipelines and families_of(pipeline):
+        raise ModelError(
+            f"{index.parent}: is a {pipeline}, but family {config.family!r} trains {' and '.join(family.pipelines)}; "
+            f"{_cure(pipeline, config.family)}"
+        )
+
+
+def _cure(class_name: str, family: str) -> str:
+    others = [name for name in families_of(class_name) if name != family]
+    return f"set family to {' or '.join(others)}, or name another model" if others else "name another model"
 
 
 def _entries(config: RunConfig) -> list[_Entry]:
@@ -185,7 +205,8 @@ def _component_files(source: _Source, spec: ComponentSpec, config: RunConfig) ->
             f"{' or '.join(stem + '.safetensors' for stem in WEIGHT_STEMS)}; rename it"
         )
     if (class_name := _class_name(source.folder)) != spec.class_name:
-        raise ModelError(f"{source.folder}: holds a {class_name!r}, expected a {spec.class_name!r}; name another model")
+        cure = _cure(class_name, config.family)
+        raise ModelError(f"{source.folder}: holds a {class_name!r}, expected a {spec.class_name!r}; {cure}")
     return ComponentFiles(weights=weights, folder=source.folder, companions=companions)
 
 

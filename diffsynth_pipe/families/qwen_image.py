@@ -105,6 +105,7 @@ class QwenImage:
     lora_target_modules = qwen.LORA_TARGET_MODULES
     lora_prefix = "transformer"
     architecture = "Qwen-Image"
+    pipelines: tuple[str, ...] = ("QwenImagePipeline",)
 
     def check_fields(self, dit_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse cached fields that this denoiser cannot take; see ``ModelFamily``."""

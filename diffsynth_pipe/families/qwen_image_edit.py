@@ -186,6 +186,7 @@ class QwenImageEdit:
     lora_target_modules = qwen.LORA_TARGET_MODULES
     lora_prefix = "transformer"
     architecture = "Qwen-Image-Edit"
+    pipelines: tuple[str, ...] = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 
     def check_fields(self, dit_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse cached fields that this denoiser cannot take; see ``ModelFamily``."""

@@ -111,6 +111,7 @@ def predict(tiny: Tiny, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor) 
 
 
 def test_tiny_repository_has_the_declared_layout(tiny):
+    assert json.loads((tiny.repo / "model_index.json").read_text())["_class_name"] in tiny.family.pipelines
     for name, spec in tiny.family.components.items():
         files = component_files(tiny.family, tiny.repo, name)
         config = json.loads((files.folder / "config.json").read_text())

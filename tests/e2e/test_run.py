@@ -24,7 +24,7 @@ def run_file(tiny_repo, tmp_path_factory):
     with (demo / "metadata.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))[:4]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    parameters = yaml.safe_load((demo / "run.yaml").read_text("utf-8"))
+    parameters = yaml.safe_load((demo / "qwen_image.yaml").read_text("utf-8"))
     parameters |= {
         "dataset_base_path": str(demo),
         "dataset_metadata_path": str(folder / "metadata.jsonl"),

@@ -20,7 +20,8 @@ FAMILY = SimpleNamespace(
         ),
         "vae": ComponentSpec(subfolder="vae", class_name="Autoencoder", load=print),
         "dit": ComponentSpec(subfolder="transformer", class_name="Denoiser", load=print),
-    }
+    },
+    pipelines=("SomePipeline",),
 )
 BY_ID = (
     "org/model:transformer/diffusion_pytorch_model*.safetensors,org/model:text_encoder/model*.safetensors,"
@@ -171,6 +172,26 @@ def test_a_folder_of_another_name_is_known_by_its_config(repo):
     assert resolve("dit", model_id_with_origin_paths=text)["dit"].folder == repo / "my-denoiser"
     with pytest.raises(ModelFileMissing, match=r"names the vae \(Autoencoder\).*my-denoiser.* is a 'Denoiser'"):
         resolve("vae", model_id_with_origin_paths=text)
+
+
+def test_the_family_that_trains_a_model_is_named(repo):
+    write(repo / "transformer/config.json", {"_class_name": "QwenImageTransformer2DModel"})
+    message = r"holds a 'QwenImageTransformer2DModel', expected a 'Denoiser'; set family to qwen_image_edit, or name"
+    with pytest.raises(ModelError, match=message):
+        resolve("dit", model_id_with_origin_paths=BY_ID)
+
+
+def test_a_denoiser_of_a_repository_of_another_family_is_refused(repo):
+    write(repo / "model_index.json", {"_class_name": "QwenImageEditPlusPipeline"})
+    message = (
+        r"is a QwenImageEditPlusPipeline, but family 'qwen_image' trains SomePipeline; set family to qwen_image_edit,"
+    )
+    with pytest.raises(ModelError, match=message):
+        resolve("dit", model_id_with_origin_paths=BY_ID)
+    assert resolve("vae", model_id_with_origin_paths=BY_ID)["vae"].folder == repo / "vae"
+    for pipeline in ("SomePipeline", "PipelineOfOnesOwn"):
+        write(repo / "model_index.json", {"_class_name": pipeline})
+        assert resolve("dit", model_id_with_origin_paths=BY_ID)["dit"].folder == repo / "transformer"
 
 
 def test_processor_path_overrides_the_sibling(repo, tmp_path, monkeypatch):
