@@ -13,7 +13,10 @@ from family_samples import PROMPTS, media_columns, sample_values
 
 from diffsynth_pipe.contracts import Batch, ComponentFiles, load_family, plugin_names
 from diffsynth_pipe.errors import CacheMismatch, ModelError
+from diffsynth_pipe.training.checkpoints import write_lora
 from diffsynth_pipe.training.flow_match import sigma_grid
+from diffsynth_pipe.training.lora import LoraSettings, add_lora, lora_parameters
+from diffsynth_pipe.training.lora_file import export_lora
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -284,6 +287,37 @@ def test_every_default_lora_target_matches_a_linear_layer(tiny):
     linear = [name for name, module in tiny.components["dit"].named_modules() if isinstance(module, torch.nn.Linear)]
     for target in tiny.family.lora_target_modules:
         assert any(name == target or name.endswith(f".{target}") for name in linear), target
+
+
+def test_a_fresh_pipeline_with_the_lora_predicts_what_the_trained_object_predicts(tiny, tmp_path):
+    import diffusers
+
+    dit = tiny.family.components["dit"].load(component_files(tiny.family, tiny.repo, "dit"), torch.float32, CPU)
+    settings = LoraSettings(targets=tiny.family.lora_target_modules, rank=4, alpha=4.0)
+    add_lora(dit, settings, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in lora_parameters(dit).values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    tensors = {name: parameter.detach() for name, parameter in lora_parameters(dit).items()}
+    prefix, architecture = tiny.family.lora_prefix, tiny.family.architecture
+    exported = export_lora(tensors, settings, "diffusers", prefix=prefix, architecture=architecture)
+    write_lora(tmp_path / "lora.safetensors", *exported, {})
+
+    index = json.loads((tiny.repo / "model_index.json").read_text())
+    others = {name: None for name, value in index.items() if isinstance(value, list) and name != "transformer"}
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(tiny.repo, dtype=torch.float32, **others)
+    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
+
+    batch = collate(tiny.family, tiny.records[1:2])
+    noisy = torch.randn(batch.fields[tiny.family.latents_field].shape, generator=generator)
+    sigma = torch.tensor([0.5])
+    with torch.no_grad():
+        expected, found = (
+            tiny.family.predict_velocity({"dit": model}, batch, noisy, sigma) for model in (dit, pipeline.transformer)
+        )
+    assert torch.equal(found, expected)
+    assert float((expected - predict(tiny, batch, noisy, sigma)).abs().max()) > 0.01
 
 
 def test_schedule_falls_from_one_to_its_declared_end(tiny):

@@ -194,7 +194,7 @@ def settings(case, tmp_path, monkeypatch):
         "data_file_keys": ",".join(media),
         "extra_inputs": ",".join(case.extra_inputs) or None,
         "height": 32,
-        "width": 48,
+        "width": 64,
         "encode_dtype": "float32",
         "model_id_with_origin_paths": ",".join(
             f"{model}:{spec.subfolder}/*.safetensors" for spec in case.family.components.values()
