@@ -1,7 +1,7 @@
 """The reader: whole batches, straight from disk into reused buffers, every byte checked.
 
-An item is one ``preadv``: chunk bodies land in the batch where they belong, the checksums between them in a scratch
-array, and each body is verified in place.
+An item is read in pieces by ``preadv``: chunk bodies land in the batch where they belong, the checksums between them in
+a scratch array, and each piece is verified in place while the processor's cache still holds it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import os
 import threading
 from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -22,7 +25,6 @@ from cache_store.object_path import ObjectPath
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
 
 _IOV_MAX = 1024
+_PIECE_BYTES = 1 << 18
 _MAX_OPEN_FILES = 256
 _NUM_ATTEMPTS = 2
 
@@ -95,10 +98,10 @@ class _Item:
         array: Number of its array.
         offset: Byte at which it starts.
         num_bytes: Its bytes with checksums.
+        chunk_bytes: Bytes of each chunk, without its checksum.
         bodies: Where its chunks go; the last one without its tail.
         tail: Where the zeros that fill its last chunk go, if any.
-        checksums: Where its checksums go, little-endian uint32 ``[chunks]``.
-        digest: The crc32c that these must have.
+        digest: The crc32c that its checksums, little-endian uint32, must have.
     """
 
     field: str
@@ -106,27 +109,50 @@ class _Item:
     array: int
     offset: int
     num_bytes: int
+    chunk_bytes: int
     bodies: list[memoryview]
     tail: memoryview | None
-    checksums: NDArray[np.uint32]
     digest: int
 
-    def scatter_list(self) -> list[memoryview]:
-        """Return the destinations of the bytes on disk, in order."""
-        checksums = _pieces(self.checksums.view(np.uint8), CHECKSUM_BYTES)
-        views = [view for pair in zip(self.bodies, checksums, strict=True) for view in pair]
-        if self.tail is not None:
-            views.insert(-1, self.tail)
-        return views
+    def fill(self, read: Callable[[list[memoryview], int, int], bool]) -> bool:
+        """Read it piece by piece, and verify each while the processor's cache holds it.
 
-    def is_intact(self) -> bool:
-        """Tell whether it is the right item, and its checksums are those of the bodies that were read."""
-        if crc32c(self.checksums) != self.digest:
-            return False
-        found = [crc32c(body) for body in self.bodies]
+        Args:
+            read: Fills views with this many bytes from an offset on, and tells whether there were so many.
+
+        Returns:
+            Whether it is the right item, and its checksums are those of the bodies that were read.
+
+        Raises:
+            EOFError: It is cut short.
+        """
+        checksums = np.empty(len(self.bodies), "<u4")
+        trailers = _pieces(checksums.view(np.uint8), CHECKSUM_BYTES)
+        offset, found = self.offset, []
+        chunks_per_read = max(1, _PIECE_BYTES // self.chunk_bytes)
+        for first in range(0, len(self.bodies), chunks_per_read):
+            bodies = self.bodies[first : first + chunks_per_read]
+            checksum, start = 0, 0
+            # Of one large chunk all pieces but the last; the last goes with the checksum behind it.
+            for start in range(_PIECE_BYTES, len(bodies[0]), _PIECE_BYTES):
+                piece = bodies[0][start - _PIECE_BYTES : start]
+                if not read([piece], _PIECE_BYTES, offset):
+                    raise EOFError
+                checksum = crc32c(piece, checksum)
+                offset += _PIECE_BYTES
+            bodies[0] = bodies[0][start:]
+            views = [view for pair in zip(bodies, trailers[first:], strict=False) for view in pair]
+            num_bytes = len(bodies) * (self.chunk_bytes + CHECKSUM_BYTES) - start
+            if self.tail is not None and first + len(bodies) == len(self.bodies):
+                views.insert(-1, self.tail)
+            if not read(views, num_bytes, offset):
+                raise EOFError
+            offset += num_bytes
+            found.append(crc32c(bodies[0], checksum))
+            found += [crc32c(body) for body in bodies[1:]]
         if self.tail is not None:
             found[-1] = crc32c(self.tail, found[-1])
-        return bool(found == self.checksums.tolist())
+        return crc32c(checksums) == self.digest and bool(found == checksums.tolist())
 
 
 class BatchReader:
@@ -249,36 +275,35 @@ class BatchReader:
             slot[used:] = 0
             bodies = _pieces(slot[:used], chunk_bytes)
             tail = memoryview(bytearray(-used % chunk_bytes)) if used % chunk_bytes else None
-            checksums = np.empty(num_chunks, "<u4")
-            items.append(_Item(field, position, array, offset, num_bytes, bodies, tail, checksums, digest))
+            items.append(_Item(field, position, array, offset, num_bytes, chunk_bytes, bodies, tail, digest))
         values = slots.reshape(-1).view(first.spec.storage_dtype)
         rows_shape = (longest,) if first.spec.ragged else ()
         return values.reshape(len(positions), *rows_shape, *first.item_shape), num_rows, items
 
     def _load(self, item: _Item) -> None:
-        path = self.snapshot.array_path(item.array)
-        if isinstance(path, ObjectPath):
-            self._fetch(item, path)
+        if isinstance(self.snapshot.root, ObjectPath):
+            self._fetch(item)
             return
-        file = self._open(item, path)
+        file = self._open(item)
         for _ in range(_NUM_ATTEMPTS):
             try:
-                is_complete = _read_scattered(file.fd, item.scatter_list(), item.num_bytes, item.offset)
+                if item.fill(partial(_read_scattered, file.fd)):
+                    return
             except OSError as error:
                 raise self._corrupt(item, f"cannot be read: {error.strerror}") from error
-            if not is_complete:
-                raise self._corrupt(item, "is cut short")
-            if item.is_intact():
-                return
+            except EOFError:
+                raise self._corrupt(item, "is cut short") from None
         raise self._corrupt(item, "fails its checksum")
 
-    def _fetch(self, item: _Item, path: ObjectPath) -> None:
+    def _fetch(self, item: _Item) -> None:
         """Read an item from its copy on this machine, or else from the object store."""
+        path = self.snapshot.array_path(item.array)
+        assert isinstance(path, ObjectPath)
         copy = self._open_copy(item) if self._copies is not None else None
         if copy is not None:
-            is_there = _read_scattered(copy.fd, item.scatter_list(), item.num_bytes, item.offset)
-            if is_there and item.is_intact():
-                return
+            with suppress(EOFError):
+                if item.fill(partial(_read_scattered, copy.fd)):
+                    return
         for _ in range(_NUM_ATTEMPTS):
             try:
                 data = path.read_range(item.offset, item.num_bytes)
@@ -286,8 +311,7 @@ class BatchReader:
                 raise self._corrupt(item, "is in a file that is missing") from None
             if len(data) < item.num_bytes:
                 raise self._corrupt(item, "is cut short")
-            _scatter(data, item.scatter_list())
-            if item.is_intact():
+            if item.fill(partial(_scatter, data, item.offset)):
                 if self._copies is not None and copy is not None:
                     self._copies.keep(copy.fd, item.offset, data)
                 return
@@ -313,7 +337,7 @@ class BatchReader:
             self._files.popitem(last=False)
         return file
 
-    def _open(self, item: _Item, path: Path) -> _File:
+    def _open(self, item: _Item) -> _File:
         """Return the open file of an item; check it at its first use in this process."""
         number = item.array
         with self._lock:
@@ -321,6 +345,8 @@ class BatchReader:
             if file is not None:
                 self._files.move_to_end(number)
                 return file
+        path = self.snapshot.array_path(number)
+        assert isinstance(path, Path)
         try:
             file = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             num_bytes = os.fstat(file.fd).st_size
@@ -371,12 +397,13 @@ def _read_scattered(fd: int, views: list[Any], num_bytes: int, offset: int) -> b
     return True
 
 
-def _scatter(data: memoryview, views: list[memoryview]) -> None:
-    """Fill all views with what stands in ``data``, in order."""
-    start = 0
+def _scatter(data: memoryview, origin: int, views: list[memoryview], num_bytes: int, offset: int) -> bool:
+    """Fill all views as ``_read_scattered`` does, from ``data``, which starts at the offset ``origin``."""
+    start = offset - origin
     for view in views:
         view[:] = data[start : start + view.nbytes]
         start += view.nbytes
+    return start - (offset - origin) == num_bytes
 
 
 class Prefetcher:
