@@ -31,7 +31,8 @@ LOG.setLevel(logging.INFO)
 
 _INTERVAL_S = 2.0
 _CLOSE_S = 5.0
-_PERCENT = re.compile(r"\b(\d{1,3})%\|")
+_KEY_LENGTH = 12
+_PERCENT = re.compile(r"\b(\d{1,3})%\|[^|]*\|(.*)")
 
 
 class Reporter:
@@ -63,12 +64,18 @@ class Reporter:
         """Log a line of a stage's output; a progress bar in it becomes the progress artifact ``key``."""
         LOG.info(line)
         if match := _PERCENT.search(line):
-            self._put(key, partial(self._send_progress, key, float(match[1])))
+            self._put(key, partial(self._send_progress, key, float(match[1]), match[2].strip()))
 
     def plan(self, plans: Iterable[StagePlan]) -> None:
         """Publish what each stage will do, and why."""
         table = [
-            {"stage": plan.stage, "verdict": plan.verdict, "why": plan.why, "path": str(plan.path), "key": plan.key}
+            {
+                "stage": plan.stage,
+                "verdict": plan.verdict,
+                "why": plan.why,
+                "key": plan.key[:_KEY_LENGTH],
+                "path": str(plan.path),
+            }
             for plan in plans
         ]
         self._put("plan", partial(create_table_artifact, table=table, key="plan"))
@@ -99,11 +106,12 @@ class Reporter:
                 return
             self._closing.wait(_INTERVAL_S)
 
-    def _send_progress(self, key: str, percent: float) -> None:
+    def _send_progress(self, key: str, percent: float, description: str) -> None:
+        """Send how far a stage is; the description is what its bar says behind it: count, time left, rate, values."""
         if key in self._progress_ids:
-            update_progress_artifact(self._progress_ids[key], progress=percent)
+            update_progress_artifact(self._progress_ids[key], progress=percent, description=description)
         else:
-            self._progress_ids[key] = create_progress_artifact(progress=percent, key=key)  # type: ignore[assignment]
+            self._progress_ids[key] = create_progress_artifact(progress=percent, key=key, description=description)  # type: ignore[assignment]
 
 
 def closing_lines(results: Iterable[StageResult]) -> list[str]:
