@@ -299,3 +299,18 @@ def test_both_stages_of_a_run_share_one_cache(tmp_path, task):
     stages = [stage_config(config, stage) for stage in ("data_process", "train")]
     assert [stage.task for stage in stages] == ["sft:data_process", "sft:train"]
     assert [stage.cache_dir for stage in stages] == [config.cache_dir] * 2
+
+
+def test_two_runs_of_one_config_encode_each_record_once(run_file, tmp_path):
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from diffsynth_pipe.config import load_config
+        from diffsynth_pipe.launch import launch_data_process
+        print(launch_data_process(load_config(Path(sys.argv[1]), {})).state)
+    """
+    command = [sys.executable, "-c", code, str(run_file())]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=DEADLINE_S * 3) for process in both]
+    assert sorted(out.strip() for out, _ in outputs) == ["Cached", "Completed"], outputs
+    assert len(list((tmp_path / "cache" / "journal").iterdir())) == 1

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diffsynth_pipe.cli import main
-from diffsynth_pipe.config import RunConfig
+from diffsynth_pipe.config import RunConfig, load_config
 
 HEAVY = ("torch", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "prefect", "zarr", "modelscope")
 
@@ -195,6 +195,6 @@ def test_resume_runs_the_flow_with_the_saved_config(tmp_path, monkeypatch, folde
     path = tmp_path / saved
     load_config(None, {"dataset_base_path": "x", "output_path": "y"}).save(path)
     started = []
-    monkeypatch.setattr(os, "execv", lambda program, command: started.extend(command))
+    monkeypatch.setattr(os, "execv", lambda _, command: started.extend(command))
     assert main(["resume", str(tmp_path / folder)]) == 0
     assert started[1:] == ["-P", "-m", "flows.cache_then_train", f"--config={path}"]
