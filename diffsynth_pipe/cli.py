@@ -54,6 +54,11 @@ def _parser() -> FlagParser:
     run.add_argument("--force", metavar="STAGES", help="stages to run even if their result is there")
     run.set_defaults(command=_run)
 
+    resume = commands.add_parser("resume", help="go on with a stage from its folder")
+    resume.add_argument("folder", metavar="RUN_DIR", type=Path, help="run directory of a training, or a cache")
+    resume.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    resume.set_defaults(command=_resume)
+
     data_process = commands.add_parser("data-process", help="encode the dataset into the cache")
     data_process.add_argument("--force", action="store_true", help="run even if the cache is complete")
     data_process.set_defaults(command=_data_process)
@@ -138,6 +143,18 @@ def _run(args: argparse.Namespace) -> None:
         if name in ("config", "stages", "force", *RunConfig.model_fields) and value is not None:
             command.append(f"--{name}={value}")
     os.execv(sys.executable, command)  # noqa: S606 - the flow replaces this process, so signals reach it directly
+
+
+def _resume(args: argparse.Namespace) -> None:
+    folder = args.folder.resolve()
+    logs = folder.with_name(f"{folder.name}-logs")
+    candidates = (folder / "config.yaml", folder / "data_process.yaml", logs / "data_process.yaml")
+    saved = next((path for path in candidates if path.is_file()), None)
+    if saved is None:
+        message = f"{args.folder} holds no run: name the train-<key> folder of a training, or a cache"
+        raise ConfigError(message)
+    args.config = str(saved)
+    _run(args)
 
 
 def _data_process(args: argparse.Namespace) -> None:

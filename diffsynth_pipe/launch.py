@@ -7,7 +7,6 @@ ranks behind a slow reader and kill them with a dead one. The guard stops all th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import re
 import signal
 import subprocess
@@ -18,8 +17,11 @@ from os import SEEK_END, environ, getpid
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import yaml
+
 from cache_store.durable import move_aside
-from diffsynth_pipe.errors import LaunchError, PipeError, RunDirBusy
+from diffsynth_pipe.errors import LaunchError, PipeError
+from diffsynth_pipe.gpu_lock import hold, visible_gpus, wait_for_lock
 from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_train, summarize
 
 if TYPE_CHECKING:
@@ -106,7 +108,6 @@ def launch_train(config: RunConfig, force: bool = False, on_line: Callable[[str]
 
     Raises:
         PipeError: The stage refused the input; the message is its own.
-        RunDirBusy: Another process trains this very run.
         LaunchError: The ranks ended badly.
     """
     config = stage_config(config, "train")
@@ -116,7 +117,8 @@ def launch_train(config: RunConfig, force: bool = False, on_line: Callable[[str]
     settings = config.accelerate_config_file or str(ZERO3_CPU_OFFLOAD)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", settings]
     command = [*launcher, "-m", "diffsynth_pipe.train", "--config", str(saved)]
-    return _launch(config, plan_train, force, command, run_dir, saved, on_line)
+    gpus = [] if (yaml.safe_load(Path(settings).read_text(encoding="utf-8")) or {}).get("use_cpu") else visible_gpus()
+    return _launch(config, plan_train, force, command, run_dir, saved, on_line, gpus)
 
 
 def _launch(
@@ -127,18 +129,24 @@ def _launch(
     run_dir: Path,
     saved_config: Path,
     on_line: Callable[[str], None],
+    gpus: Sequence[str] = (),
 ) -> StageResult:
     plan = plan_stage(config)
     if plan.verdict == "hit" and not force:
         return StageResult(stage=plan.stage, state="Cached", key=plan.key, path=plan.path, summary=summarize(plan))
     log_name = f"{plan.stage}.log"
 
-    def prepare() -> None:
+    def prepare() -> bool:
+        nonlocal plan
+        plan = plan_stage(config)  # another process may have done the work while this one waited
+        if plan.verdict == "hit" and not force:
+            return False
         config.save(saved_config)
         if force:
             move_aside(run_dir / "run.json")  # only a training run has one
+        return True
 
-    run_supervised(
+    ran = run_supervised(
         command,
         run_dir=run_dir,
         log_name=log_name,
@@ -146,12 +154,13 @@ def _launch(
         # torchrun's own 30 s would cut a long save short.
         env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(GUARD_GRACE_S))},
         prepare=prepare,
+        gpus=gpus,
     )
     done = plan_stage(config)
     if done.verdict != "hit":
         message = f"{plan.stage} ended without an error but is not complete: {done.why}; see {run_dir / log_name}"
         raise LaunchError(message)
-    state = "Completed" if plan.verdict == "hit" else STATE_OF_VERDICT[plan.verdict]
+    state = "Completed" if ran and plan.verdict == "hit" else STATE_OF_VERDICT[plan.verdict]
     return StageResult(stage=done.stage, state=state, key=done.key, path=done.path, summary=summarize(done))
 
 
@@ -164,9 +173,12 @@ def run_supervised(
     env: Mapping[str, str] | None = None,
     grace_s: float = 25.0,
     guard_grace_s: float = GUARD_GRACE_S,
-    prepare: Callable[[], None] | None = None,
-) -> None:
+    prepare: Callable[[], bool] | None = None,
+    gpus: Sequence[str] = (),
+) -> bool:
     """Run a command under the guard until it and all that it started have ended.
+
+    Waits, and says for whom, while another call's descendants use ``run_dir`` or one of the GPUs.
 
     Call it from the main thread: signals raise there, and the kernel takes the end of the calling thread for our death.
 
@@ -178,17 +190,24 @@ def run_supervised(
         env: Laid over this process's environment.
         grace_s: How long an exception here waits for the descendants to stop.
         guard_grace_s: How long the descendants may take after SIGTERM before SIGKILL.
-        prepare: Called once ``run_dir`` is ours, before the start.
+        prepare: Called once ``run_dir`` is ours; the command starts if it returns True.
+        gpus: Names of the GPUs that are to be this command's alone, as ``visible_gpus`` returns them.
+
+    Returns:
+        Whether the command was run.
 
     Raises:
-        RunDirBusy: Descendants of another call still use ``run_dir``.
         PipeError: The command ended with code 2 after one ``error:`` line; the message is that line.
         LaunchError: The command ended with another code; the last lines are in its notes.
     """
     log_path = run_dir / log_name
-    with _locked(run_dir) as lock, log_path.open("ab") as log, log_path.open("rb") as written:
-        if prepare is not None:
-            prepare()
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_locked(run_dir, on_line))
+        if prepare is not None and not prepare():
+            return False
+        # After the run directory, and in one order: two runs cannot wait for each other.
+        devices = [stack.enter_context(hold(gpu, run_dir, on_line)) for gpu in sorted(gpus)]
+        log, written = stack.enter_context(log_path.open("ab")), stack.enter_context(log_path.open("rb"))
         lines = _Follow(written)
         kept: deque[str] = deque(maxlen=_NUM_KEPT_LINES)
 
@@ -213,7 +232,8 @@ def run_supervised(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=(lock.fileno(),),  # the lock lasts until the guard has seen the last descendant go
+            # the locks last until the guard has seen the last descendant go
+            pass_fds=[held_file.fileno() for held_file in (lock, *devices)],
         )
         try:
             lock.truncate(0)
@@ -239,19 +259,14 @@ def run_supervised(
                 on_line(line)
         if failure is not None:
             raise failure
+    return True
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[BinaryIO]:
+def _locked(run_dir: Path, on_line: Callable[[str], None]) -> Iterator[BinaryIO]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / ".lock").open("a+b") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().decode() or "that just started"
-            message = f"{run_dir} is in use by process {owner}: wait for it, or stop it with SIGTERM"
-            raise RunDirBusy(message) from None
+        wait_for_lock(lock, str(run_dir), on_line)
         yield lock
 
 

@@ -1,6 +1,5 @@
 """Real processes under the guard: a FIFO that all of them hold open is at its end exactly when the last one is gone."""
 
-import contextlib
 import fcntl
 import os
 import re
@@ -8,13 +7,15 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 
 import pytest
 
 from diffsynth_pipe.config import load_config
-from diffsynth_pipe.errors import LaunchError, PipeError, RunDirBusy
+from diffsynth_pipe.errors import LaunchError, PipeError
+from diffsynth_pipe.gpu_lock import hold, visible_gpus
 from diffsynth_pipe.launch import run_supervised, stage_config
 
 DEADLINE_S = 60
@@ -109,7 +110,7 @@ def test_prepare_runs_once_the_directory_is_ours(tmp_path):
     def prepare():
         with (tmp_path / "run" / ".lock").open("a") as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        (tmp_path / "run" / "input").write_text("prepared")
+        return bool((tmp_path / "run" / "input").write_text("prepared"))
 
     code = "import pathlib, sys; print(pathlib.Path(sys.argv[1]).read_text())"
     assert run(python(code, tmp_path / "run" / "input"), tmp_path, prepare=prepare) == ["prepared"]
@@ -209,24 +210,54 @@ def test_descendants_that_a_finished_command_left_behind_are_stopped(tmp_path, w
     assert witness.text.endswith("saved\n")
 
 
-def test_directory_is_busy_until_the_last_descendant_is_gone(tmp_path, witness, capsys):
+@pytest.mark.parametrize("what", ["run directory", "GPU"])
+def test_the_next_run_waits_until_the_last_descendant_is_gone(tmp_path, monkeypatch, witness, capsys, what):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    device = {"gpus": ["GPU-b", "GPU-a"]} if what == "GPU" else {}
+    second_dir = tmp_path / ("other" if what == "GPU" else "run")
+
     def stop(line):
         witness.both_ready()
-        with pytest.raises(RunDirBusy, match=r"in use by process \d+"):
-            run(python("print('never')"), tmp_path)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tree(witness, "ignore"), tmp_path, on_line=stop, grace_s=0)
+        run(tree(witness, "ignore"), tmp_path, on_line=stop, grace_s=0, **device)
     assert "still stopping" in capsys.readouterr().err
-    with pytest.raises(RunDirBusy):
-        run(python("print('never')"), tmp_path)
-    for pid in re.findall(r"ready (\d+)", witness.text):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+    lines = []
+
+    def on_line(line):
+        lines.append(line)
+        if line.startswith("waiting"):
+            for pid in re.findall(r"ready (\d+)", witness.text):
+                os.kill(int(pid), signal.SIGKILL)
+
+    run(python("print('mine')"), tmp_path, run_dir=second_dir, on_line=on_line, **device)
+    name = "GPU GPU-a" if what == "GPU" else str(tmp_path / "run")
+    assert re.match(rf"waiting for {re.escape(name)}, in use by process \d+", lines[0])
+    assert re.match(rf"waited \d+ s for {re.escape(name)}", lines[1])
+    assert lines[-1] == "mine"
     witness.all_gone()
-    wait_until_free(tmp_path / "run")
-    assert run(python("print('mine')"), tmp_path) == ["mine"]
+
+
+def test_runs_on_other_gpus_do_not_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with hold("GPU-a", tmp_path, print):
+        assert run(python("print('mine')"), tmp_path, gpus=["GPU-b"]) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [(None, ["GPU-aa", "GPU-bb"]), ("1", ["GPU-bb"]), ("GPU-a", ["GPU-aa"]), ("1,0", ["GPU-bb", "GPU-aa"]), ("", [])],
+)
+def test_visible_gpus_are_named_by_their_uuid(tmp_path, monkeypatch, visible, expected):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf '0, GPU-aa\\n1, GPU-bb\\n'\n")
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == expected
 
 
 def test_progress_bar_is_thinned_to_what_a_terminal_shows_last(tmp_path):
@@ -268,3 +299,18 @@ def test_both_stages_of_a_run_share_one_cache(tmp_path, task):
     stages = [stage_config(config, stage) for stage in ("data_process", "train")]
     assert [stage.task for stage in stages] == ["sft:data_process", "sft:train"]
     assert [stage.cache_dir for stage in stages] == [config.cache_dir] * 2
+
+
+def test_two_runs_of_one_config_encode_each_record_once(run_file, tmp_path):
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from diffsynth_pipe.config import load_config
+        from diffsynth_pipe.launch import launch_data_process
+        print(launch_data_process(load_config(Path(sys.argv[1]), {})).state)
+    """
+    command = [sys.executable, "-c", code, str(run_file())]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=DEADLINE_S * 3) for process in both]
+    assert sorted(out.strip() for out, _ in outputs) == ["Cached", "Completed"], outputs
+    assert len(list((tmp_path / "cache" / "journal").iterdir())) == 1

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from diffsynth_pipe.cli import main
-from diffsynth_pipe.config import RunConfig
+from diffsynth_pipe.config import RunConfig, load_config
 
 HEAVY = ("torch", "transformers", "diffusers", "accelerate", "deepspeed", "peft", "prefect", "zarr", "modelscope")
 
@@ -176,3 +176,25 @@ def test_tiny_model_writes_a_repository(tmp_path, capsys):
     assert main(["tiny-model", str(tmp_path / "tiny")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'tiny'}\n"
     assert (tmp_path / "tiny" / "model_index.json").is_file()
+
+
+def test_resume_of_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert main(["resume", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no run: ")
+
+
+@pytest.mark.parametrize(
+    ("folder", "saved"),
+    [
+        ("train-abc", "train-abc/config.yaml"),
+        ("cache", "cache-logs/data_process.yaml"),
+        ("cache-logs", "cache-logs/data_process.yaml"),
+    ],
+)
+def test_resume_runs_the_flow_with_the_saved_config(tmp_path, monkeypatch, folder, saved):
+    path = tmp_path / saved
+    load_config(None, {"dataset_base_path": "x", "output_path": "y"}).save(path)
+    started = []
+    monkeypatch.setattr(os, "execv", lambda _, command: started.extend(command))
+    assert main(["resume", str(tmp_path / folder)]) == 0
+    assert started[1:] == ["-P", "-m", "flows.cache_then_train", f"--config={path}"]
