@@ -6,14 +6,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from cache_store.backends import backend_names
 from cache_store.contract import CacheCorrupt
 from cache_store.object_path import root_of
 from diffsynth_pipe.config import RunConfig, Stage
-from diffsynth_pipe.errors import USER_ERRORS, ConfigError
-from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
+from diffsynth_pipe.errors import USER_ERRORS, ConfigError, ModelFileMissing
+from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
 
 if TYPE_CHECKING:
     import argparse
@@ -50,14 +50,23 @@ def _parser() -> FlagParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     run = commands.add_parser("run", help="both stages, as a Prefect flow")
-    run.add_argument("--stages", metavar="STAGES", help="stages to run: data_process,train")
-    run.add_argument("--force", metavar="STAGES", help="stages to run even if their result is there")
     run.set_defaults(command=_run)
 
     resume = commands.add_parser("resume", help="go on with a stage from its folder")
     resume.add_argument("folder", metavar="RUN_DIR", type=Path, help="run directory of a training, or a cache")
     resume.add_argument("--debug", action="store_true", help="show the traceback of an error")
     resume.set_defaults(command=_resume)
+
+    submit = commands.add_parser("submit", help="a run of a Prefect deployment, unless everything is done")
+    submit.add_argument("--deployment", metavar="NAME", default="cache-then-train/local", help="default: %(default)s")
+    submit.add_argument("--watch", action="store_true", help="follow the run; exit code 1 if it does not complete")
+    submit.set_defaults(command=_submit)
+
+    for command in (run, submit):
+        command.add_argument("--stages", metavar="STAGES", default="", help="stages to run: data_process,train")
+        command.add_argument(
+            "--force", metavar="STAGES", default="", help="stages to run even if their result is there"
+        )
 
     data_process = commands.add_parser("data-process", help="encode the dataset into the cache")
     data_process.add_argument("--force", action="store_true", help="run even if the cache is complete")
@@ -70,7 +79,7 @@ def _parser() -> FlagParser:
     plan = commands.add_parser("plan", help="what each stage would do, and why; changes nothing")
     plan.set_defaults(command=_plan)
 
-    for command in (run, data_process, train, plan):
+    for command in (run, submit, data_process, train, plan):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         add_config_flags(command)
 
@@ -155,6 +164,41 @@ def _resume(args: argparse.Namespace) -> None:
         raise ConfigError(message)
     args.config = str(saved)
     _run(args)
+
+
+def _submit(args: argparse.Namespace) -> None:
+    config = config_from_args(args).with_absolute_paths()
+    stages, force = stages_from_flag("--stages", args.stages), stages_from_flag("--force", args.force)
+    stages = stages or ((config.stage,) if config.stage else get_args(Stage))
+    if _is_done(config, stages) and not force:
+        print("nothing to do; --force does a stage again")
+        return
+    from diffsynth_pipe.fingerprint import run_name
+
+    parameters = {"config": config.model_dump(mode="json", exclude_defaults=True), "stages": stages, "force": force}
+    # Prefect fills {parameters} into the names that it is given.
+    name = run_name(config, stages).replace("{", "{{").replace("}", "}}")
+    command = [sys.executable, "-P", "-m", "prefect", "deployment", "run", args.deployment]
+    command += ["--params", json.dumps(parameters), "--flow-run-name", name, *(["--watch"] if args.watch else [])]
+    os.execv(sys.executable, command)  # noqa: S606 - the exit code of --watch is Prefect's
+
+
+def _is_done(config: RunConfig, stages: Sequence[Stage]) -> bool:
+    """Print the plan of a run that another process will do, as far as its files are on this machine too."""
+    from diffsynth_pipe.launch import plan_stages
+
+    os.environ["DIFFSYNTH_SKIP_DOWNLOAD"] = "True"
+    if not Path(config.dataset_base_path).exists():
+        print(f"dataset_base_path: {config.dataset_base_path} is not on this machine; the worker will plan the run")
+        return False
+    try:
+        plans = plan_stages(config, stages)
+    except ModelFileMissing as error:
+        print(f"{error}\nThe worker will plan the run")
+        return False
+    for plan in plans:
+        print(f"{plan.stage}: {plan.verdict}, {plan.why}")
+    return all(plan.verdict == "hit" for plan in plans)
 
 
 def _data_process(args: argparse.Namespace) -> None:

@@ -81,6 +81,24 @@ _NOISE_LEVELS = (
 """Fields that act only with a task that draws noise levels."""
 
 
+def _say_what_validators_know(schema: dict[str, Any]) -> None:
+    """Complete the JSON Schema, so that a Prefect server refuses what ``RunConfig`` would refuse later."""
+    properties = schema["properties"]
+    properties["family"]["enum"] = plugin_names("diffsynth_pipe.families")
+    properties["task"]["enum"] = _task_names()
+    for field in properties.values():
+        if not field["supported"]:
+            field["const"] = field["default"]
+
+
+_PATHS = (
+    *("dataset_base_path", "dataset_metadata_path", "model_paths", "tokenizer_path", "processor_path"),
+    *("resume_from_checkpoint", "lora_checkpoint", "preset_lora_path", "output_path", "cache_path"),
+    *("cache_copies_path", "nvme_path", "accelerate_config_file"),
+)
+"""Fields that hold a path, or a list of paths."""
+
+
 class RunConfig(BaseModel):
     """The parameters of a run, checked. ``load_config`` builds one from a YAML file and flags."""
 
@@ -90,6 +108,7 @@ class RunConfig(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         protected_namespaces=(),
+        json_schema_extra=_say_what_validators_know,
     )
 
     dataset_base_path: str = _setting(
@@ -559,8 +578,7 @@ class RunConfig(BaseModel):
     @field_validator("task")
     @classmethod
     def _known_task(cls, value: str) -> str:
-        tasks = plugin_names("diffsynth_pipe.training.tasks")
-        return _one_of(value, [f"{task}{suffix}" for task in tasks for suffix in ("", ":data_process", ":train")])
+        return _one_of(value, _task_names())
 
     @field_validator("lora_target_modules")
     @classmethod
@@ -698,11 +716,33 @@ class RunConfig(BaseModel):
         values = self.model_dump(mode="json", include=names)
         return values | {"task": self.task_name} if "task" in values else values
 
+    def with_absolute_paths(self) -> Self:
+        """Return the same run for a process that works in another folder.
+
+        The models that ``model_id_with_origin_paths`` names stay where that process looks for models.
+        """
+
+        def absolute(value: Any) -> Any:
+            if isinstance(value, list):
+                return [absolute(item) for item in value]
+            return value if value is None or value.startswith(SCHEME) else str(Path(value).absolute())
+
+        return self.model_copy(update={name: absolute(getattr(self, name)) for name in _PATHS})
+
     def save(self, path: Path) -> None:
         """Write all values as YAML that ``load_config`` reads; atomically."""
         text = yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode(), path.parent)
+
+
+def overrides_schema() -> dict[str, Any]:
+    """Return the JSON Schema of some of the parameters: none is required, and none is filled in by a form."""
+    schema = RunConfig.model_json_schema()
+    del schema["required"]
+    for field in schema["properties"].values():
+        field.pop("default", None)
+    return schema
 
 
 def field_metadata(name: str) -> Mapping[str, Any]:
@@ -753,6 +793,11 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
             source = f" in {path}" if name in from_file and name not in overrides else ""
             lines.setdefault(name, _one_line(name, source, detail))
         raise ConfigError("; ".join(lines.values())) from error
+
+
+def _task_names() -> list[str]:
+    tasks = plugin_names("diffsynth_pipe.training.tasks")
+    return [f"{task}{suffix}" for task in tasks for suffix in ("", ":data_process", ":train")]
 
 
 def _one_of(value: str, accepted: list[str]) -> str:

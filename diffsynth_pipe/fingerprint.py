@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from blake3 import blake3
@@ -19,8 +20,8 @@ from diffsynth_pipe.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
+    from diffsynth_pipe.config import RunConfig, Stage
     from diffsynth_pipe.contracts import ComponentFiles, EncodeUnit
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,19 @@ def json_digest(value: Any) -> str:
     """Return the digest of a JSON value: keys sorted, no spaces, UTF-8; NaN and Infinity are refused."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return bytes_digest(text.encode())
+
+
+def run_name(config: RunConfig, stages: Iterable[Stage]) -> str:
+    """Name a run for people: ``qwen_image lora r16 on photos, 1f2e3d``; the same digits mean the same parameters."""
+    if "train" not in stages:
+        what = "cache"
+    elif config.lora_base_model is not None:
+        what = f"lora r{config.lora_rank}"
+    else:
+        what = f"full {config.trainable_models}"
+    dataset = Path(config.dataset_base_path).absolute()
+    parameters = [config.keyed("cache"), config.keyed("weights"), str(dataset), config.dataset_metadata_path]
+    return f"{config.family} {what} on {dataset.name}, {json_digest(parameters)[:6]}"
 
 
 def file_digest(path: Path) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from diffsynth_pipe.config import RunConfig, field_metadata, load_config, suggest
+from diffsynth_pipe.config import RunConfig, Stage, comma_list, field_metadata, load_config, suggest
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,6 +69,19 @@ def config_from_args(args: argparse.Namespace) -> RunConfig:
     given = vars(args)
     overrides = {name: given[name] for name in RunConfig.model_fields if name in given}
     return load_config(Path(given["config"]) if "config" in given else None, overrides)
+
+
+def stages_from_flag(flag: str, value: str) -> tuple[Stage, ...]:
+    """Parse ``--stages`` or ``--force``: names of stages, comma-separated, in any order.
+
+    Raises:
+        ConfigError: A name is not that of a stage.
+    """
+    known: tuple[Stage, ...] = get_args(Stage)
+    if unknown := sorted(set(comma_list(value)) - set(known)):
+        message = f"{flag}: {unknown[0]!r} is not a stage; accepted: {', '.join(known)}"
+        raise ConfigError(message)
+    return tuple(stage for stage in known if stage in comma_list(value))
 
 
 def _default_text(name: str) -> str:

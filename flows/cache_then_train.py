@@ -7,13 +7,17 @@
 import logging
 import signal
 import sys
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
+from pydantic import WithJsonSchema
 
-from diffsynth_pipe.config import RunConfig, Stage, load_config
-from diffsynth_pipe.errors import USER_ERRORS, ConfigError
-from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
+from diffsynth_pipe.config import RunConfig, Stage, load_config, overrides_schema
+from diffsynth_pipe.errors import USER_ERRORS
+from diffsynth_pipe.fingerprint import run_name
+from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
 from diffsynth_pipe.launch import plan_stages
 from diffsynth_pipe.stages.plan import StageResult
 from flows import tasks
@@ -25,8 +29,8 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 @flow(name="cache-then-train", validate_parameters=True, persist_result=False)
 def cache_then_train(
     config: RunConfig,
-    overrides: dict[str, Any] | None = None,
-    stages: tuple[Stage, ...] = STAGES,
+    overrides: Annotated[dict[str, Any], WithJsonSchema(overrides_schema())] | None = None,
+    stages: tuple[Stage, ...] = (),
     force: tuple[Stage, ...] = (),
 ) -> list[StageResult]:
     """Encode the data set once, then train a LoRA from the cache.
@@ -34,11 +38,14 @@ def cache_then_train(
     Args:
         config: The run.
         overrides: Parameters laid over ``config``: ``{"lora_rank": 8}``.
-        stages: The stages to run. What is done already is not done again.
+        stages: The stages to run; none given: those of ``config.task``. What is done already is not done again.
         force: Stages to run even if nothing is left to do.
     """
     if overrides:
         config = load_config(None, {**config.model_dump(mode="json"), **overrides})
+    stages = stages or ((config.stage,) if config.stage else STAGES)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_name(flow_run.id, run_name(config, stages))
     results: list[StageResult] = []
     with Reporter() as reporter:
         reporter.plan(plan_stages(config, stages))
@@ -67,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser.parse_flags(argv)
         config = config_from_args(args)
-        stages, force = _stages("--stages", args.stages), _stages("--force", args.force)
+        stages, force = stages_from_flag("--stages", args.stages), stages_from_flag("--force", args.force)
         stages = stages or ((config.stage,) if config.stage else STAGES)
         for plan in plan_stages(config, stages):
             LOG.info("%s: %s, %s", plan.stage, plan.verdict, plan.why)
@@ -80,14 +87,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     sys.stdout.write("\n".join(["", *closing_lines(results), ""]))
     return 0
-
-
-def _stages(flag: str, value: str) -> tuple[Stage, ...]:
-    names = {name.strip() for name in value.split(",")} - {""}
-    if unknown := sorted(names - set(STAGES)):
-        message = f"{flag}: {unknown[0]!r} is not a stage; accepted: {', '.join(STAGES)}"
-        raise ConfigError(message)
-    return tuple(stage for stage in STAGES if stage in names)
 
 
 def _show_only_our_lines() -> None:
