@@ -245,7 +245,7 @@ class ModelFamily(Protocol):
         schedule: The sigma grid of training.
         size_multiple: Height and width in pixels are multiples of it.
         latents_field: The field that is noised.
-        lora_target_modules: Default LoRA targets; each must match at least one module.
+        lora_target_modules: Default LoRA targets: names of layers, each of which must match, or a regular expression.
         lora_prefix: What diffusers puts before the denoiser's names in a LoRA file: ``transformer``.
         architecture: What the metadata of a LoRA file calls the family's models: ``Qwen-Image``.
         pipelines: The diffusers pipelines that ``model_index.json`` of its repositories may name.
@@ -257,7 +257,7 @@ class ModelFamily(Protocol):
     schedule: FlowMatchSchedule
     size_multiple: int
     latents_field: str
-    lora_target_modules: tuple[str, ...]
+    lora_target_modules: str | tuple[str, ...]
     lora_prefix: str
     architecture: str
     pipelines: tuple[str, ...]

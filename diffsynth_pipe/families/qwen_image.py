@@ -102,7 +102,7 @@ class QwenImage:
     schedule = qwen.SCHEDULE
     size_multiple = 16
     latents_field = "latents"
-    lora_target_modules = qwen.LORA_TARGET_MODULES
+    lora_target_modules: str | tuple[str, ...] = qwen.LORA_TARGET_MODULES
     lora_prefix = "transformer"
     architecture = "Qwen-Image"
     pipelines: tuple[str, ...] = ("QwenImagePipeline",)

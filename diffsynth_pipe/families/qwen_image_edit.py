@@ -183,7 +183,7 @@ class QwenImageEdit:
     schedule = qwen.SCHEDULE
     size_multiple = 16
     latents_field = "latents"
-    lora_target_modules = qwen.LORA_TARGET_MODULES
+    lora_target_modules: str | tuple[str, ...] = qwen.LORA_TARGET_MODULES
     lora_prefix = "transformer"
     architecture = "Qwen-Image-Edit"
     pipelines: tuple[str, ...] = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")

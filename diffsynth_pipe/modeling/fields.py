@@ -26,6 +26,14 @@ def to_pixels(image: Image) -> Tensor:
     return torch.from_numpy(pixels_hwc.transpose(2, 0, 1)) * 2.0 - 1.0
 
 
+def note_on_truncation(tokenizer: Any, text: str, max_tokens: int) -> str | None:
+    """Tell how many tokens of a text are cut off, if any."""
+    # verbose=False: the tokenizer would warn of what is told here
+    num_tokens = len(tokenizer(text, verbose=False).input_ids)
+    num_cut = num_tokens - max_tokens
+    return f"truncated, {num_cut} of {num_tokens} tokens were cut off" if num_cut > 0 else None
+
+
 def noise_unit(column: str, dims: tuple[str, ...], latents_shape: Callable[[Any], tuple[int, ...]]) -> EncodeUnit:
     """Return the unit that draws the noise which a row's ``seed`` and ``rand_device`` stand for.
 

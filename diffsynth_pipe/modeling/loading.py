@@ -40,4 +40,6 @@ def _hold_in_fp8(model: Any, compute_dtype: dtype) -> None:
 
     # The head may share its weights with the embedding, which is no layer that casts; it is not run.
     skipped = (*DEFAULT_SKIP_MODULES_PATTERN, "lm_head")
+    # T5 casts what it hands these to the dtype that it finds them stored in.
+    skipped += tuple(rf"\.{name}$" for name in getattr(model, "_keep_in_fp32_modules", None) or ())
     apply_layerwise_casting(model, torch.float8_e4m3fn, compute_dtype, skip_modules_pattern=skipped)

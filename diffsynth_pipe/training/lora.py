@@ -16,7 +16,7 @@ from diffsynth_pipe.errors import ModelError
 from diffsynth_pipe.training.zero3 import whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from torch.nn import Linear, Module, Parameter
 
@@ -55,7 +55,7 @@ class LoraSettings:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-def lora_settings(config: RunConfig, default_targets: Sequence[str]) -> LoraSettings:
+def lora_settings(config: RunConfig, default_targets: str | tuple[str, ...]) -> LoraSettings:
     """Return the LoRA that a run asks for.
 
     Args:
@@ -72,13 +72,13 @@ def lora_settings(config: RunConfig, default_targets: Sequence[str]) -> LoraSett
     )
 
 
-def parse_targets(text: str | None, default: Sequence[str]) -> str | tuple[str, ...]:
+def parse_targets(text: str | None, default: str | tuple[str, ...]) -> str | tuple[str, ...]:
     """Return the targets that ``lora_target_modules`` means; see ``LoraSettings.targets``.
 
     As in the reference, a single item is a regular expression, except where it can only be meant as a name.
     """
     if text is None:
-        return tuple(default)
+        return default
     items = comma_list(text)
     is_pattern = len(items) == 1 and not re.fullmatch(r"[\w.]+", items[0])
     return items[0] if is_pattern else items

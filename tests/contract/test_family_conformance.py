@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from family_samples import PROMPTS, media_columns, sample_values
+from safetensors.torch import save_file
 
 from diffsynth_pipe.contracts import Batch, ComponentFiles, load_family, plugin_names
 from diffsynth_pipe.errors import CacheMismatch, ModelError
-from diffsynth_pipe.training.checkpoints import write_lora
 from diffsynth_pipe.training.flow_match import sigma_grid
-from diffsynth_pipe.training.lora import LoraSettings, add_lora, lora_parameters
+from diffsynth_pipe.training.lora import LoraSettings, add_lora, lora_parameters, target_layers
 from diffsynth_pipe.training.lora_file import export_lora
 
 if TYPE_CHECKING:
@@ -178,7 +180,7 @@ def test_encoders_in_fp8_encode_as_weights_that_were_rounded(tiny):
         if not value.is_floating_point():
             continue
         assert not torch.equal(value, tiny.records[1][name]), name
-        torch.testing.assert_close(value, tiny.records[1][name].reshape_as(value), rtol=0.2, atol=0.2)
+        torch.testing.assert_close(value, tiny.records[1][name].reshape_as(value), rtol=0.2, atol=0.3)
 
 
 def test_units_form_a_graph_over_the_metadata_columns(tiny):
@@ -251,7 +253,7 @@ def test_the_prediction_depends_on_every_input(tiny):
 
 
 def test_the_number_of_tokens_is_what_the_denoiser_sees(tiny):
-    """The length of the sequence that runs through most of its linear layers, less the tokens it is given beside."""
+    """Larger latents lengthen the sequences that run through its linear layers by as many tokens."""
     lengths = []
     hooks = [
         module.register_forward_hook(lambda _module, _args, output: lengths.append(output.shape[1]))
@@ -259,15 +261,18 @@ def test_the_number_of_tokens_is_what_the_denoiser_sees(tiny):
         if isinstance(module, torch.nn.Linear)
     ]
     batch = collate(tiny.family, tiny.records[1:2])
-    noisy = batch.fields[tiny.family.latents_field]
-    predict(tiny, batch, noisy, torch.tensor([0.5]))
+    counts, seen = [], []
+    for size in ((16, 16), (16, 32)):  # their tokens are multiples of 32, to which Z-Image pads them
+        noisy = torch.zeros(1, *tiny.records[1][tiny.family.latents_field].shape[:-2], *size)
+        lengths.clear()
+        predict(tiny, batch, noisy, torch.tensor([0.5]))
+        seen.append(list(lengths))
+        counts.append(tiny.family.num_tokens(noisy.shape))
+        assert counts[-1] == tiny.family.num_tokens(noisy.shape[1:])
     for hook in hooks:
         hook.remove()
-    num_tokens = tiny.family.num_tokens(noisy.shape)
-    assert num_tokens == tiny.family.num_tokens(noisy.shape[1:])
-    fixed = [spec for unit in tiny.family.units for spec in unit.outputs if spec.dims[0] == "token" and not spec.ragged]
-    beside = sum(batch.fields[spec.name].shape[1] for spec in fixed)
-    assert lengths.count(num_tokens + beside) > len(lengths) / 4
+    growth = [longer - shorter for shorter, longer in zip(*seen, strict=True)]
+    assert growth.count(counts[1] - counts[0]) > len(growth) / 4
 
 
 def test_gradients_reach_the_denoiser(tiny):
@@ -283,41 +288,53 @@ def test_gradients_reach_the_denoiser(tiny):
     assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
-def test_every_default_lora_target_matches_a_linear_layer(tiny):
-    linear = [name for name, module in tiny.components["dit"].named_modules() if isinstance(module, torch.nn.Linear)]
-    for target in tiny.family.lora_target_modules:
-        assert any(name == target or name.endswith(f".{target}") for name in linear), target
+def test_the_default_lora_targets_are_linear_layers_of_the_blocks(tiny):
+    layers = target_layers(tiny.components["dit"], tiny.family.lora_target_modules)
+    assert len(layers) > 4
+    assert all(re.search(r"\.\d+\.", layer) for layer in layers)
 
 
-def test_a_fresh_pipeline_with_the_lora_predicts_what_the_trained_object_predicts(tiny, tmp_path):
+def test_a_trained_lora_gives_the_same_loss_in_a_fresh_pipeline(tiny, tmp_path):
     import diffusers
 
-    dit = tiny.family.components["dit"].load(component_files(tiny.family, tiny.repo, "dit"), torch.float32, CPU)
-    settings = LoraSettings(targets=tiny.family.lora_target_modules, rank=4, alpha=4.0)
-    add_lora(dit, settings, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in lora_parameters(dit).values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    tensors = {name: parameter.detach() for name, parameter in lora_parameters(dit).items()}
-    prefix, architecture = tiny.family.lora_prefix, tiny.family.architecture
-    exported = export_lora(tensors, settings, "diffusers", prefix=prefix, architecture=architecture)
-    write_lora(tmp_path / "lora.safetensors", *exported, {})
-
-    index = json.loads((tiny.repo / "model_index.json").read_text())
-    others = {name: None for name, value in index.items() if isinstance(value, list) and name != "transformer"}
-    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(tiny.repo, dtype=torch.float32, **others)
-    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
-
-    batch = collate(tiny.family, tiny.records[1:2])
+    batch = collate(tiny.family, tiny.records)
+    generator = torch.Generator().manual_seed(0)
     noisy = torch.randn(batch.fields[tiny.family.latents_field].shape, generator=generator)
-    sigma = torch.tensor([0.5])
+    settings = LoraSettings(targets=tiny.family.lora_target_modules, rank=2, alpha=4.0)
+
+    def loss(dit):
+        velocity = tiny.family.predict_velocity({"dit": dit}, batch, noisy, torch.tensor([0.1, 0.5, 1.0]))
+        return (velocity - noisy).square().mean()
+
+    trained, fresh = (
+        tiny.family.components["dit"].load(component_files(tiny.family, tiny.repo, "dit"), torch.float32, CPU)
+        for _ in range(2)
+    )
+    before = loss(fresh).item()
+    add_lora(trained, settings, seed=0)
+    parameters = lora_parameters(trained)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    for _ in range(3):
+        loss(trained).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    family = tiny.family
+    tensors, metadata = export_lora(
+        {name: parameter.detach() for name, parameter in parameters.items()},
+        settings,
+        "diffusers",
+        prefix=family.lora_prefix,
+        architecture=family.architecture,
+    )
+    save_file(tensors, tmp_path / "lora.safetensors", metadata)
+
+    pipeline_class = getattr(diffusers, json.loads((tiny.repo / "model_index.json").read_text())["_class_name"])
+    names = inspect.signature(pipeline_class).parameters.values()
+    others = {name.name: None for name in names if name.default is inspect.Parameter.empty}
+    pipeline = pipeline_class(**{**others, "transformer": fresh})
+    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
     with torch.no_grad():
-        expected, found = (
-            tiny.family.predict_velocity({"dit": model}, batch, noisy, sigma) for model in (dit, pipeline.transformer)
-        )
-    assert torch.equal(found, expected)
-    assert float((expected - predict(tiny, batch, noisy, sigma)).abs().max()) > 0.01
+        assert loss(pipeline.transformer).item() == loss(trained).item() < before
 
 
 def test_schedule_falls_from_one_to_its_declared_end(tiny):

@@ -657,5 +657,5 @@ def test_a_wrong_flag_is_one_line(flags, message):
 
 
 def test_the_yaml_of_the_demo_loads():
-    demo = Path(__file__).parents[2] / "deploy" / "demo" / "run.yaml"
+    demo = Path(__file__).parents[2] / "deploy" / "demo" / "qwen_image.yaml"
     assert load_config(demo, {}).lora_base_model == "dit"

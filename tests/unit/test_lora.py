@@ -224,9 +224,9 @@ def test_a_pattern_means_the_same_in_peft():
 
 def test_settings_of_a_run():
     run = {"dataset_base_path": "data", "lora_rank": 4}
-    assert lora_settings(load_config(None, run), ["a", "b"]) == LoraSettings(targets=("a", "b"), rank=4, alpha=4)
+    assert lora_settings(load_config(None, run), ("a", "b")) == LoraSettings(targets=("a", "b"), rank=4, alpha=4)
     run |= {"lora_alpha": 6, "lora_dropout": 0.1, "lora_use_dora": True, "lora_use_rslora": True}
-    settings = lora_settings(load_config(None, run | {"lora_target_modules": "x.*"}), ["a"])
+    settings = lora_settings(load_config(None, run | {"lora_target_modules": "x.*"}), ("a",))
     assert settings == LoraSettings(targets="x.*", rank=4, alpha=6, dropout=0.1, use_dora=True, use_rslora=True)
     assert settings.scale == 3
 

@@ -1,0 +1,204 @@
+"""FLUX.2-klein: Qwen3 text encoder, image VAE with normalised patches, MMDiT denoiser; called as in diffusers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from cache_store.contract import FieldSpec
+from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
+from diffsynth_pipe.modeling import qwen3
+from diffsynth_pipe.modeling.fields import check_channels, noise_unit, to_pixels
+from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
+from diffsynth_pipe.modeling.tiny import write_repository
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, device, dtype
+    from torch.nn import Module
+
+    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, ModelFamily
+
+HIDDEN_LAYERS = (9, 18, 27)
+"""The layers after which the hidden states are taken, and joined in each token."""
+GUIDANCE = 1.0
+"""What a denoiser with an embedded guidance is told in training, as the reference does."""
+LATENT_DIMS = ("channel", "height", "width")
+
+
+def load_vae(files: ComponentFiles, dtype: dtype, device: device) -> Any:
+    """Load the VAE."""
+    from diffusers import AutoencoderKLFlux2
+
+    return load_encoder(AutoencoderKLFlux2, files, dtype, device)
+
+
+def load_dit(files: ComponentFiles, dtype: dtype, device: device) -> Any:
+    """Load the denoiser."""
+    from diffusers import Flux2Transformer2DModel
+
+    return load_denoiser(Flux2Transformer2DModel, files, dtype, device)
+
+
+def build_dit(folder: Path) -> Module:
+    """Build the denoiser with new weights."""
+    from diffusers import Flux2Transformer2DModel
+
+    return build_denoiser(Flux2Transformer2DModel, folder)
+
+
+def encode_text(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Encode one prompt: ``prompt_emb`` [512, channel]. The denoiser sees the padding, which is no constant."""
+    import torch
+
+    states, _ = qwen3.hidden_states(components, inputs, enable_thinking=False)
+    return {"prompt_emb": torch.cat([states[layer] for layer in HIDDEN_LAYERS], dim=-1)}
+
+
+def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Encode one RGB image into patches of 2x2 latent pixels: ``latents`` [128, height/16, width/16].
+
+    They are the posterior's mode, normalised by the statistics that the VAE keeps as those of a batch norm.
+    """
+    vae = components["vae"]
+    mode = vae.encode(to_pixels(inputs["image"])[None].to(vae.device, vae.dtype)).latent_dist.mode()[0]
+    channels, height, width = mode.shape
+    patches = mode.reshape(channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3)
+    mean = vae.bn.running_mean.view(-1, 1, 1).to(mode)
+    std = (vae.bn.running_var.view(-1, 1, 1) + vae.config.batch_norm_eps).sqrt().to(mode)
+    return {"latents": (patches.reshape(channels * 4, height // 2, width // 2) - mean) / std}
+
+
+class Flux2:
+    """Text to image with FLUX.2-klein."""
+
+    components: Mapping[str, ComponentSpec] = {
+        "text_encoder": ComponentSpec(
+            subfolder="text_encoder",
+            class_name="Qwen3ForCausalLM",
+            load=qwen3.load_text_encoder,
+            companions=("tokenizer",),
+            trained_part="model.",
+        ),
+        "vae": ComponentSpec(subfolder="vae", class_name="AutoencoderKLFlux2", load=load_vae),
+        "dit": ComponentSpec(
+            subfolder="transformer", class_name="Flux2Transformer2DModel", load=load_dit, build=build_dit
+        ),
+    }
+    units: tuple[EncodeUnit, ...] = (
+        EncodeUnit(
+            name="text",
+            inputs=("prompt",),
+            outputs=(FieldSpec(name="prompt_emb", dtype="bfloat16", dims=("token", "channel")),),
+            component="text_encoder",
+            encode=encode_text,
+            note=partial(qwen3.note_on_text, enable_thinking=False),
+            recipe={"enable_thinking": False, "num_tokens": qwen3.MAX_TOKENS, "hidden_states": list(HIDDEN_LAYERS)},
+        ),
+        EncodeUnit(
+            name="latents",
+            inputs=("image",),
+            outputs=(FieldSpec(name="latents", dtype="bfloat16", dims=LATENT_DIMS),),
+            component="vae",
+            encode=encode_latents,
+            recipe={"pixels": "x/255*2-1 in float32", "posterior": "mode", "normalization": "2x2 patches, batch norm"},
+        ),
+    )
+    noise_unit = noise_unit("image", LATENT_DIMS, lambda image: (128, image.height // 16, image.width // 16))
+    # No shift by resolution: that of inference depends on its number of steps too.
+    schedule = FlowMatchSchedule(shift_type="exponential", shift=0.8, u_end=1 / 1000, include_end=True)
+    size_multiple = 16
+    latents_field = "latents"
+    # A pattern, as "to_out" is a linear layer in the single blocks, but a list of modules in the double ones.
+    lora_target_modules: str | tuple[str, ...] = (
+        r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|ff(_context)?\.linear_(in|out))"
+        r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+    )
+    lora_prefix = "transformer"
+    architecture = "flux-2"
+    pipelines: tuple[str, ...] = ("Flux2KleinPipeline",)
+
+    def check_fields(self, dit_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse cached fields that this denoiser cannot take; see ``ModelFamily``."""
+        expected = {"prompt_emb": (-1, dit_config["joint_attention_dim"]), "latents": (0, dit_config["in_channels"])}
+        check_channels(shapes, expected)
+
+    def num_tokens(self, latents_shape: Sequence[int]) -> int:
+        """Return the number of patches, each of which is one pixel of the latents; see ``ModelFamily``."""
+        height, width = latents_shape[-2:]
+        return height * width
+
+    def predict_velocity(self, models: Mapping[str, Module], batch: Batch, noisy: Tensor, sigma: Tensor) -> Tensor:
+        """Return the denoiser's velocity; see ``ModelFamily``."""
+        import torch
+
+        dit: Any = models["dit"]
+        text = batch.fields["prompt_emb"].to(noisy.dtype)
+        # Positions are (time, row, column, index in the text).
+        zero, (rows, columns) = torch.arange(1), map(torch.arange, noisy.shape[-2:])
+        tokens: Tensor = dit(
+            hidden_states=noisy.flatten(2).transpose(1, 2),
+            encoder_hidden_states=text,
+            timestep=sigma,
+            guidance=torch.full_like(sigma, GUIDANCE) if dit.config.guidance_embeds else None,
+            img_ids=torch.cartesian_prod(zero, rows, columns, zero).to(noisy.device),
+            txt_ids=torch.cartesian_prod(zero, zero, zero, torch.arange(text.shape[1])).to(noisy.device),
+            return_dict=False,
+        )[0]
+        return tokens.transpose(1, 2).reshape(noisy.shape)
+
+    def fields_of_diffsynth_record(
+        self, shared: Mapping[str, Any], positive: Mapping[str, Any]
+    ) -> Mapping[str, Tensor]:
+        """Return the fields from a cached record of DiffSynth-Studio, whose latents are a sequence of tokens."""
+        tokens, size = shared["input_latents"][0], (shared["height"] // 16, shared["width"] // 16)
+        return {"latents": tokens.T.unflatten(1, size), "prompt_emb": positive["prompt_embeds"][0]}
+
+    def write_tiny(self, folder: Path) -> None:
+        """Write a tiny repository; see ``modeling.tiny.write_repository``."""
+        write_repository(folder, _tiny_pipeline)
+
+
+def _tiny_pipeline() -> Any:
+    """Build the real classes at the smallest size that keeps every structural constraint (head sizes, rope axes)."""
+    import torch
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+
+    text_encoder, tokenizer = qwen3.tiny_text_encoder(hidden_size=32, num_layers=max(HIDDEN_LAYERS) + 1)
+    transformer = Flux2Transformer2DModel(
+        in_channels=128,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=len(HIDDEN_LAYERS) * 32,
+        axes_dims_rope=(8, 8, 8, 8),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(16, 32, 32, 32), layers_per_block=1, latent_channels=32, norm_num_groups=8
+    )
+    with torch.no_grad():
+        vae.bn.running_mean.normal_(std=0.1)
+        vae.bn.running_var.uniform_(0.5, 2.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+    return Flux2KleinPipeline(
+        scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
+    )
+
+
+PLUGIN: ModelFamily = Flux2()
