@@ -66,7 +66,18 @@ class Cache:
             CacheError: The folder holds something else.
             CacheSchemaError: The cache there has another backend, or a newer schema in ``store.json`` or a snapshot.
         """
-        if (root / "store.json").exists():
+        is_cache = (root / "store.json").exists()
+        if not is_cache and root.exists():
+            if not root.is_dir():
+                raise CacheError(f"{root} is a file, not a cache; choose another cache_path")
+            with disk_errors(root):
+                names = sorted(path.name for path in root.iterdir() if path.name != SCRATCH)
+            is_cache = "store.json" in names  # another writer created it just now
+            if names and not is_cache:
+                raise CacheError(
+                    f"{root} is not a cache and not empty: it holds {names[0]!r}; choose another cache_path"
+                )
+        if is_cache:
             cache = cls.open(root)
             if cache.backend != backend:
                 raise CacheSchemaError(
@@ -76,12 +87,6 @@ class Cache:
             with disk_errors(root):
                 refuse_newer_snapshots(root)  # before work is done that could not be sealed
             return cache
-        if root.exists() and not root.is_dir():
-            raise CacheError(f"{root} is a file, not a cache; choose another cache_path")
-        with disk_errors(root):
-            foreign = sorted(path.name for path in root.iterdir() if path.name != SCRATCH) if root.exists() else []
-        if foreign:
-            raise CacheError(f"{root} is not a cache and not empty: it holds {foreign[0]!r}; choose another cache_path")
         return cls(root, backend)
 
     def writer(self, *, commit_seconds: float = 30.0, segment_bytes: int = 256 << 20) -> Writer:

@@ -203,9 +203,17 @@ def _is_done(config: RunConfig, stages: Sequence[Stage]) -> bool:
 
 def _data_process(args: argparse.Namespace) -> None:
     config = _config_with_stage(args, "data_process")
-    from diffsynth_pipe.stages.data_process import data_process
+    rank = os.environ.get("RANK")
+    if rank is None and config.data_process_num_processes > 1:
+        from diffsynth_pipe.launch import launch_data_process
 
-    _print_result(data_process(config, force=args.force))
+        result = launch_data_process(config, force=args.force)
+    else:
+        from diffsynth_pipe.stages.data_process import data_process
+
+        result = data_process(config, force=args.force)
+    if rank in (None, "0") or result.summary["encoded"]:
+        _print_result(result)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -459,6 +459,12 @@ class RunConfig(BaseModel):
         30.0,
         "Seconds of encoding between commits: what a crash can cost. 0 commits each record.",
     )
+    data_process_num_processes: Count = _setting(
+        "this project",
+        "nothing",
+        1,
+        "Processes that encode on this machine, one per GPU. Under torchrun or accelerate launch, it says how many.",
+    )
     batch_size: Count = _setting("this project", "weights", 1, "Samples per micro-step and rank.")
     max_batch_tokens: Count | None = _setting(
         "this project",

@@ -76,7 +76,7 @@ def plan_stages(config: RunConfig, stages: Iterable[Stage]) -> list[StagePlan]:
 def launch_data_process(
     config: RunConfig, force: bool = False, on_line: Callable[[str], None] = print_line
 ) -> StageResult:
-    """Fill the cache in a process of its own.
+    """Fill the cache in processes of its own, ``data_process_num_processes`` of them.
 
     Args:
         config: The run; its ``task`` may name another stage.
@@ -92,7 +92,11 @@ def launch_data_process(
     local = config.cache_dir if isinstance(config.cache_dir, Path) else Path(config.output_path) / "cache"
     log_dir = local.with_name(f"{local.name}-logs")
     saved = log_dir / "data_process.yaml"
-    command = [sys.executable, "-m", "diffsynth_pipe.cli", "data-process", "--config", str(saved)]
+    command = [sys.executable, "-m"]
+    if (num_processes := config.data_process_num_processes) > 1:
+        # torchrun names the ranks, and stops all if one fails; they need no process group
+        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}", "-m"]
+    command += ["diffsynth_pipe.cli", "data-process", "--config", str(saved)]
     if force:
         command.append("--force")
     return _launch(config, plan_data_process, force, command, log_dir, saved, on_line)

@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         where = "" if rank == "0" else f" in rank {rank}"
         sys.stderr.write(f"error{where}: {error}\n")
         return 2
-    if rank == "0":
-        sys.stdout.write(f"{result.stage}: {result.state}  {result.path}\n")
+    if rank == "0" or result.summary.get("encoded"):
+        ended = result.summary.get("why") or f"{result.state}  {result.path}"
+        sys.stdout.write(f"{result.stage}: {ended}\n")
     return 0
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
+import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
+from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_encoding, summarize
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from cache_store.store import Cache
     from cache_store.writer import Writer
@@ -24,8 +29,8 @@ def data_process(config: RunConfig, *, force: bool = False) -> StageResult:
     """Bring the cache up to date with the metadata.
 
     Only records that no journal has are encoded, and only the components that they need are loaded, one at a time.
-    With several processes (``RANK`` and ``WORLD_SIZE`` in the environment) each takes its share of the keys; the last
-    one to finish seals the snapshot, without a barrier.
+    With several processes (``RANK`` and ``WORLD_SIZE`` in the environment) each takes its share of the keys. None waits
+    for another: whoever then finds all records committed seals the snapshot, which a second one finds done.
 
     Args:
         config: The run.
@@ -37,14 +42,16 @@ def data_process(config: RunConfig, *, force: bool = False) -> StageResult:
     """
     from cache_store.store import Cache, SealedSample
 
+    rank, world_size = _rank(config)
     encoding = plan_encoding(config)
     before = plan_data_process(config, encoding)
     cache = Cache.open_or_new(config.cache_dir, config.cache_backend)
     encoded: dict[str, int] = {}
     if force or before.verdict != "hit":
-        encoded = _encode(config, encoding, cache, force)
+        with _stopped_by_sigterm():
+            encoded = _encode(config, encoding, cache, force, rank, world_size)
         if any(encoding.missing(cache).values()):
-            why = "other processes are still encoding; the last one seals the snapshot"
+            why = f"rank {rank} of {world_size} is done; other processes are still encoding, the last one seals"
             return StageResult(
                 stage="data_process",
                 state="Completed",
@@ -60,7 +67,8 @@ def data_process(config: RunConfig, *, force: bool = False) -> StageResult:
             ),
             {"family": config.family, "units": units},
         )
-    _warn_of_notes(cache, encoding)
+    if rank == 0 or encoded:
+        _warn_of_notes(cache, encoding)
     return StageResult(
         stage="data_process",
         state="Completed" if force else STATE_OF_VERDICT[before.verdict],
@@ -85,13 +93,42 @@ def _warn_of_notes(cache: Cache, encoding: EncodePlan) -> None:
         logger.warning("notes: %d, first %s; `diffsynth-pipe cache info %s` tells", len(noted), noted[0], cache.root)
 
 
-def _encode(config: RunConfig, encoding: EncodePlan, cache: Cache, force: bool) -> dict[str, int]:
+def _rank(config: RunConfig) -> tuple[int, int]:
+    """Return rank and world size of this process.
+
+    Raises:
+        ConfigError: It was started beside another number of processes than the config names.
+    """
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "RANK" in os.environ and config.data_process_num_processes not in (1, started):
+        raise ConfigError(
+            f"data_process_num_processes: is {config.data_process_num_processes}, but {started} were started on this"
+            " machine; leave it out where a launcher is used"
+        )
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Leave the block with SystemExit on SIGTERM, which a launcher sends if another rank failed: records are kept."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _encode(
+    config: RunConfig, encoding: EncodePlan, cache: Cache, force: bool, rank: int, world_size: int
+) -> dict[str, int]:
     """Encode this process's share of the missing records, or of all; return how many per unit."""
     import torch
 
     from diffsynth_pipe.stages.encode import encode_device
 
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device, dtype = encode_device(), getattr(torch, config.encode_dtype)
     encoded: dict[str, int] = {}
     with cache.writer(commit_seconds=config.cache_commit_seconds) as writer:
@@ -128,7 +165,12 @@ def _encode_unit(
     loaded = map_ahead(
         lambda item: load_inputs(unit, item[1].inputs), share.items(), num_decode_threads(dataset_num_workers)
     )
-    with tqdm(total=len(share), desc=f"data_process {unit.name}", unit="record") as progress:
+    # One bar per machine: keys are digests, so the shares of its ranks are of one size, give or take a few records.
+    shown = f"data_process {unit.name}"
+    if (world_size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        shown += f", rank {os.environ['RANK']} of {world_size}"
+    is_silent = os.environ.get("LOCAL_RANK", "0") != "0"
+    with tqdm(total=len(share), desc=shown, unit="record", disable=is_silent) as progress:
         for (key, sample), inputs in loaded:
             fields = storage_arrays(encode(unit, components, inputs))
             note = unit.note(components, inputs) if unit.note else None

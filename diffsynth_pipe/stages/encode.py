@@ -7,6 +7,8 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from diffsynth_pipe.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from concurrent.futures import Future
@@ -22,11 +24,19 @@ R = TypeVar("R")
 
 
 def encode_device() -> torch.device:
-    """Return this rank's CUDA device, or the CPU."""
+    """Return this rank's CUDA device, or the CPU.
+
+    Raises:
+        ConfigError: There are more processes than GPUs.
+    """
     import torch
 
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            message = f"no GPU is left for local rank {local_rank}; start {torch.cuda.device_count()} processes at most"
+            raise ConfigError(message)
+        return torch.device("cuda", local_rank)
     return torch.device("cpu")
 
 

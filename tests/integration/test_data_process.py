@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_caches import assert_refused, assert_same, num_committed, read_all, truncate_jpeg
 
 from cache_store.journal import read_notes
 from cache_store.reader import BatchReader
@@ -21,24 +22,6 @@ from diffsynth_pipe.stages.plan import plan_data_process
 SEVERAL_COMMITS = 3
 EMPTY_CAPTION = 1
 """Beside the records of the rows each cache has the text of the empty caption."""
-
-
-def read_all(cache_dir):
-    """Return the fields of every sample as the reader gives them."""
-    snapshot = Cache.open(cache_dir).latest()
-    reader = BatchReader(snapshot, ["latents", "prompt_emb"])
-    samples = {}
-    for index in range(len(snapshot)):
-        batch = reader.read([index])
-        samples[snapshot.sample_id(index)] = {name: array[0].copy() for name, array in batch.fields.items()}
-    return samples
-
-
-def assert_same(one, other):
-    assert list(one) == list(other)
-    for sample_id, fields in one.items():
-        for name, array in fields.items():
-            np.testing.assert_array_equal(array, other[sample_id][name])
 
 
 def test_cached_fields_are_those_of_the_diffusers_pipeline(run_config, tiny_repo, photos):
@@ -110,13 +93,6 @@ def test_kill_9_loses_only_what_was_in_flight(run_config, run_file, tmp_path):
     assert result.state == "Resumed"
     assert sum(result.summary["encoded"].values()) == 11 + EMPTY_CAPTION - committed
     assert_same(read_all(config.cache_dir), read_all(whole.cache_dir))
-
-
-def num_committed(cache_dir):
-    try:
-        return sum(map(len, Cache.open(cache_dir).committed_keys().values()))
-    except FileNotFoundError:
-        return 0
 
 
 def test_a_snapshot_whose_sealer_was_killed_is_sealed(run_config):
@@ -233,22 +209,6 @@ def missing_image(rows):
 
 def missing_column(rows):
     return [{"image": row["image"], "text": row["prompt"]} for row in rows]
-
-
-def truncate_jpeg(photos):
-    image = photos / (photos / "metadata.csv").read_text("utf-8").splitlines()[3].split(",")[0]
-    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
-    return image.name
-
-
-def assert_refused(finished, *words):
-    """One line, exit code 2, each of the words in it."""
-    assert finished.returncode == 2, finished.stderr
-    line = finished.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ")
-    assert "Traceback" not in finished.stderr
-    for word in words:
-        assert word in line, line
 
 
 @pytest.mark.parametrize(

@@ -617,3 +617,17 @@ def test_a_journal_that_vanishes_after_it_was_listed_is_left_out(cache):
     # a link to nothing is listed and cannot be read, as a journal that garbage collection deletes in between
     (cache.root / "journal" / "spent.jsonl").symlink_to("nothing")
     assert cache.committed_keys() == {"latents": {key_of(number) for number in range(4)}}
+
+
+def test_a_cache_that_another_writer_creates_meanwhile_is_opened(tmp_path):
+    class Raced(type(tmp_path)):
+        """Another writer creates the cache between two looks at the folder."""
+
+        def exists(self):
+            found = super().exists()
+            if self.name == "store.json" and not found:
+                Cache.open_or_new(tmp_path / "cache").put_recipe({"unit": "text"})
+            return found
+
+    (tmp_path / "cache").mkdir()
+    assert Cache.open_or_new(Raced(tmp_path / "cache")).backend == "zarr"

@@ -173,6 +173,7 @@ OTHER_VALUES = {
     "cache_copies_path": ("copies", "copies", "nothing"),
     "cache_copies_gb": ("0.5", 0.5, "nothing"),
     "cache_commit_seconds": ("0.5", 0.5, "nothing"),
+    "data_process_num_processes": ("2", 2, "nothing"),
     "max_batch_tokens": ("8192", 8192, "weights"),
     "batch_size": ("2", 2, "weights"),
     "max_grad_norm": ("0.5", 0.5, "weights"),
