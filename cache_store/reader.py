@@ -127,7 +127,7 @@ class _Item:
             EOFError: It is cut short.
         """
         checksums = np.empty(len(self.bodies), "<u4")
-        trailers = _pieces(checksums.view(np.uint8), CHECKSUM_BYTES)
+        trailers = _pieces(checksums.view(np.uint8).data, CHECKSUM_BYTES)
         offset, found = self.offset, []
         chunks_per_read = max(1, _PIECE_BYTES // self.chunk_bytes)
         for first in range(0, len(self.bodies), chunks_per_read):
@@ -270,10 +270,11 @@ class BatchReader:
                     f"{field} of sample {snapshot.sample_id(position)} ({snapshot.source(position)}) has shape"
                     f" {layout.item_shape}, others of its bucket have {first.item_shape}; encode into a new cache_path"
                 )
-            used, chunk_bytes, num_chunks = rows * row_bytes, layout.chunk_bytes(rows), layout.num_chunks(rows)
-            offset, num_bytes = self._backend.offset(layout, start), num_chunks * (chunk_bytes + CHECKSUM_BYTES)
-            slot[used:] = 0
-            bodies = _pieces(slot[:used], chunk_bytes)
+            used, chunk_bytes = rows * row_bytes, layout.chunk_bytes(rows)
+            bodies = _pieces(slot.data[:used], chunk_bytes)
+            offset, num_bytes = self._backend.offset(layout, start), len(bodies) * (chunk_bytes + CHECKSUM_BYTES)
+            if used < slot.nbytes:
+                slot[used:] = 0
             tail = memoryview(bytearray(-used % chunk_bytes)) if used % chunk_bytes else None
             items.append(_Item(field, position, array, offset, num_bytes, chunk_bytes, bodies, tail, digest))
         values = slots.reshape(-1).view(first.spec.storage_dtype)
@@ -371,10 +372,9 @@ class BatchReader:
         )
 
 
-def _pieces(memory: Bytes, num_bytes: int) -> list[memoryview]:
-    """Return views of this many bytes each, the last one of what is left; not arrays, which take longer to pass on."""
-    view = memory.data
-    return [view[start : start + num_bytes] for start in range(0, len(view), num_bytes)]
+def _pieces(memory: memoryview, num_bytes: int) -> list[memoryview]:
+    """Return views of this many bytes each, the last one of what is left."""
+    return [memory[start : start + num_bytes] for start in range(0, len(memory), num_bytes)]
 
 
 def _read_scattered(fd: int, views: list[Any], num_bytes: int, offset: int) -> bool:
@@ -416,7 +416,7 @@ class Prefetcher:
         reader: What reads.
         batches: The tag and the positions of each batch, and what its reader is to read instead, if anything; consumed
             at most ``depth`` ahead, by the threads, one at a time.
-        depth: How many batches to read ahead.
+        depth: How many batches to read ahead; more are asked for when half of them are used up.
         num_threads: How many of them at once.
         finish: Makes of a tag and a batch what is yielded in its place; called by the threads.
     """
@@ -426,7 +426,7 @@ class Prefetcher:
         reader: BatchReader,
         batches: Iterable[tuple[Any, ...]],
         *,
-        depth: int = 3,
+        depth: int = 4,
         num_threads: int = 2,
         finish: Callable[[Any, RawBatch], Any] | None = None,
     ) -> None:
@@ -437,6 +437,7 @@ class Prefetcher:
         self._requests: dict[int, tuple[Any, ...] | Exception] = {}
         self._num_taken = self._num_submitted = 0
         self._is_closed = False
+        self._depth = depth
         self._free = deque(reader.buffers() for _ in range(depth))
         self._queue: deque[tuple[Future[tuple[Any, Any]], Buffers]] = deque()
         self._in_use: Buffers | None = reader.buffers()
@@ -451,10 +452,12 @@ class Prefetcher:
         if self._in_use is not None:
             self._free.append(self._in_use)
             self._in_use = None
-        while self._free:
-            buffers = self._free.popleft()
-            self._queue.append((self._pool.submit(self._read, self._num_submitted, buffers), buffers))
-            self._num_submitted += 1
+        # Many at once: a thread that wakes up takes the interpreter from whoever asks for batches.
+        if 2 * len(self._queue) <= self._depth:
+            while self._free:
+                buffers = self._free.popleft()
+                self._queue.append((self._pool.submit(self._read, self._num_submitted, buffers), buffers))
+                self._num_submitted += 1
         future, self._in_use = self._queue.popleft()
         try:
             return future.result()

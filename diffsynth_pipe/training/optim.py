@@ -47,8 +47,13 @@ def learning_rates(config: RunConfig, num_steps: int) -> Callable[[int], float]:
     """Return the learning rate as a function of the steps taken so far, so that resuming needs no other state.
 
     Raises:
-        ConfigError: polynomial would have to rise to its end of 1e-7.
+        ConfigError: The warm-up would not end before the run, or polynomial would have to rise to its end of 1e-7.
     """
+    if 0 < num_steps <= config.lr_warmup_steps:
+        raise ConfigError(
+            f"lr_warmup_steps: {config.lr_warmup_steps} is not below the {num_steps} steps of the run, so the learning "
+            "rate would never get to learning_rate; lower it"
+        )
     if config.lr_scheduler == "diffsynth":
         return lambda step: config.learning_rate / (3 if step < DIFFSYNTH_WARMUP_STEPS else 1)
     from diffusers.optimization import get_scheduler

@@ -77,6 +77,12 @@ def test_a_peak_below_the_end_of_a_polynomial_is_refused():
         learning_rates(config(lr_scheduler="polynomial", learning_rate=1e-8), NUM_STEPS)
 
 
+def test_a_warm_up_that_outlasts_the_run_is_refused():
+    with pytest.raises(ConfigError, match=rf"^lr_warmup_steps: {NUM_STEPS} is not below the {NUM_STEPS} steps"):
+        ours(lr_scheduler="cosine", lr_warmup_steps=NUM_STEPS)
+    assert ours(lr_scheduler="cosine", lr_warmup_steps=NUM_STEPS - 1)[-1] == RATE
+
+
 def test_a_rate_follows_from_its_step_alone():
     rate = learning_rates(config(lr_scheduler="cosine", lr_warmup_steps=4), NUM_STEPS)
     forwards = [rate(step) for step in range(NUM_STEPS)]
