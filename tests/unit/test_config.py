@@ -162,11 +162,14 @@ OTHER_VALUES = {
     "height": ("512", 512, "cache"),
     "width": ("384", 384, "cache"),
     "max_pixels": ("65536", 65536, "cache"),
+    "num_frames": ("17", 17, "cache"),
     "tokenizer_path": ("tokenizer", "tokenizer", "nothing"),
     "processor_path": ("processor", "processor", "nothing"),
     "zero_cond_t": ("true", True, "weights"),
     "initialize_model_on_cpu": ("true", True, "nothing"),
     "apply_exif_orientation": ("false", False, "cache"),
+    "fix_frame_rate": ("true", True, "cache"),
+    "frame_rate": ("16", 16.0, "cache"),
     "encode_dtype": ("float32", "float32", "cache"),
     "cache_path": ("cache", "cache", "nothing"),
     "cache_backend": ("webdataset", "webdataset", "nothing"),
@@ -215,6 +218,7 @@ PARTNER = {
     "lr_num_cycles": {"lr_scheduler": "cosine_with_restarts"},
     "lr_power": {"lr_scheduler": "polynomial"},
     "ema_decay": {"use_ema": "true"},
+    "frame_rate": {"fix_frame_rate": "true"},
     "gradient_checkpointing_backend": {"use_gradient_checkpointing": "true"},
     "swanlab_project": {"enable_swanlab_log": "true"},
     "wandb_project": {"enable_wandb_log": "true"},
@@ -657,5 +661,5 @@ def test_a_wrong_flag_is_one_line(flags, message):
 
 
 def test_the_yaml_of_the_demo_loads():
-    demo = Path(__file__).parents[2] / "deploy" / "demo" / "run.yaml"
+    demo = Path(__file__).parents[2] / "deploy" / "demo" / "qwen_image.yaml"
     assert load_config(demo, {}).lora_base_model == "dit"
