@@ -71,6 +71,7 @@ _ACTS_WITH = {
     "lr_num_cycles": ("lr_scheduler", ("cosine_with_restarts",)),
     "lr_power": ("lr_scheduler", ("polynomial",)),
     "ema_decay": ("use_ema", (True,)),
+    "frame_rate": ("fix_frame_rate", (True,)),
 }
 """Fields that act only while another has one of these values, and are refused otherwise."""
 
@@ -305,7 +306,12 @@ class RunConfig(BaseModel):
     max_pixels: Annotated[int, Field(ge=256)] = _setting(
         "image size", "cache", 1024 * 1024, "Without height and width: larger images are shrunk to this area in pixels."
     )
-    num_frames: int = _planned("image size", "cache", 81, "Frames per video.")
+    num_frames: Count = _setting(
+        "image size",
+        "cache",
+        81,
+        "Frames of a clip: the first of its video, or of a shorter one as many as are a multiple of 4 plus 1.",
+    )
 
     tokenizer_path: str | None = _setting(
         "model-specific", "nothing", None, "Tokenizer folder. Default: the one beside the text encoder."
@@ -424,6 +430,13 @@ class RunConfig(BaseModel):
     apply_exif_orientation: bool = _setting(
         "this project", "cache", True, "Turn photos upright by EXIF. The reference does not: false gives its bytes."
     )
+    fix_frame_rate: bool = _setting(
+        "this project",
+        "cache",
+        False,
+        "Take frame_rate frames a second of each video, those shown nearest to each moment. Default: every frame.",
+    )
+    frame_rate: Positive = _setting("this project", "cache", 24.0, "Frames per second, with fix_frame_rate.")
     encode_dtype: Literal["bfloat16", "float32"] = _setting(
         "this project", "cache", "bfloat16", "Compute dtype of the encoders. On a CPU take float32: bfloat16 crawls."
     )

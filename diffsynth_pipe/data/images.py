@@ -188,7 +188,7 @@ def _decode(path: Path, data: bytes, height: int, width: int, apply_exif: bool) 
         rgb = _to_rgb(image)
     if orientation in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[orientation])
-    return _cover(rgb, height, width)
+    return cover(rgb, height, width)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -202,7 +202,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
+def cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Return an image scaled (bilinear, antialiased) to cover a size, then cropped at its centre."""
     scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
     # torchvision's center_crop rounds halves to even.

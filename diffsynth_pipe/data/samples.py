@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tqdm import tqdm
 
 from cache_store.store import RESERVED_BUCKET
-from diffsynth_pipe.config import comma_list
+from diffsynth_pipe.config import RunConfig, comma_list
 from diffsynth_pipe.contracts import CAPTION_COLUMN, EMPTY_CAPTION_ID, Sample
 from diffsynth_pipe.data.images import ImageInput, ImagesInput, TextInput, ValueInput, read_size_px, target_size_px
 from diffsynth_pipe.data.metadata import read_metadata
+from diffsynth_pipe.data.videos import StillInput, VideoInput, check_num_frames, is_image, read_video_size
 from diffsynth_pipe.errors import ConfigError, DataError
 from diffsynth_pipe.fingerprint import digest_files, json_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from diffsynth_pipe.config import RunConfig
     from diffsynth_pipe.contracts import EncodeUnit, Input
     from diffsynth_pipe.data.metadata import Row
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 FILES_PER_CHUNK = 1024
@@ -73,9 +74,12 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
         for row in (_with_lists(row, lists) for row in read_metadata(metadata_path))
     ]
     _check_cells(metadata_path, rows, columns, file_columns, lists, parsers)
+    videos = [column for column, kind in media.items() if kind == "video"]
+    _check_video_parameters(config, videos)
     base = Path(config.dataset_base_path)
-    sizes = _measure_files(config, size_multiple, rows, file_columns)
-    digests = _by_chunks(list(sizes), "hashing files", partial(digest_files, num_threads=_num_threads(config)))
+    sizes = _measure_files(config, size_multiple, rows, file_columns, videos)
+    paths = list(dict.fromkeys(path for path, _ in sizes))
+    digests = _by_chunks(paths, "hashing files", partial(digest_files, num_threads=_num_threads(config)))
 
     samples = []
     occurrences: Counter[str] = Counter()
@@ -84,27 +88,22 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
         contents: dict[str, Any] = {}
         for column in columns:
             if column in file_columns:
+                files = _paths(base, row, column)
+                is_video = column in videos
                 images = [
-                    ImageInput(
-                        path=path,
-                        media_digest=digests[path],
-                        height=sizes[path][0],
-                        width=sizes[path][1],
-                        apply_exif=config.apply_exif_orientation,
-                        label=source,
-                    )
-                    for path in _paths(base, row, column)
+                    _media_input(config, path, digests[path], sizes[path, is_video], source, is_video=is_video)
+                    for path in files
                 ]
                 is_list = isinstance(row.values[column], list)
-                inputs[column] = ImagesInput(tuple(images)) if is_list else images[0]
-                contents[column] = [image.media_digest for image in images] if is_list else images[0].media_digest
+                inputs[column] = ImagesInput(tuple(images)) if is_list else images[0]  # type: ignore[arg-type]
+                contents[column] = [digests[path] for path in files] if is_list else digests[files[0]]
             else:
                 value = row.values[column]
                 inputs[column] = ValueInput(parsers[column](value)) if column in parsers else TextInput(value)
                 contents[column] = inputs[column].digest
         content = json_digest(contents)
-        shapes = [sizes[path] for column in file_columns for path in _paths(base, row, column)]
-        sizes_px = "+".join(f"{height}x{width}" for height, width in shapes)
+        shapes = [sizes[path, column in videos] for column in file_columns for path in _paths(base, row, column)]
+        sizes_px = "+".join("x".join(map(str, shape)) for shape in shapes)
         samples.append(
             Sample(
                 sample_id=json_digest([content, occurrences[content]]),
@@ -115,6 +114,40 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
         )
         occurrences[content] += 1
     return samples
+
+
+def _check_video_parameters(config: RunConfig, videos: Sequence[str]) -> None:
+    if videos:
+        check_num_frames(config.num_frames)
+        return
+    for name in ("num_frames", "fix_frame_rate"):
+        if getattr(config, name) != RunConfig.model_fields[name].default:
+            raise ConfigError(
+                f"{name}: has no effect with family {config.family!r}, which reads no video; leave it out"
+            )
+
+
+def _media_input(
+    config: RunConfig, path: Path, digest: str, shape: tuple[int, ...], label: str, *, is_video: bool
+) -> Input:
+    """Return the input of a file of this training shape: height and width in pixels, and frames of a video."""
+    known: dict[str, Any] = {
+        "path": path,
+        "media_digest": digest,
+        "height": shape[0],
+        "width": shape[1],
+        "apply_exif": config.apply_exif_orientation,
+        "label": label,
+    }
+    if not is_video:
+        return ImageInput(**known)
+    if is_image(path):
+        return StillInput(ImageInput(**known))
+    return VideoInput(**known, num_frames=shape[2], frame_rate=_frame_rate(config))
+
+
+def _frame_rate(config: RunConfig) -> float | None:
+    return config.frame_rate if config.fix_frame_rate else None
 
 
 def empty_caption(first: Sample) -> Sample:
@@ -211,28 +244,43 @@ def _cell_problem(
 
 
 def _measure_files(
-    config: RunConfig, multiple: int, rows: Sequence[tuple[str, Row]], file_columns: Sequence[str]
-) -> dict[Path, tuple[int, int]]:
-    """Return the training size (height, width) of every file, in pixels."""
+    config: RunConfig,
+    multiple: int,
+    rows: Sequence[tuple[str, Row]],
+    file_columns: Sequence[str],
+    videos: Sequence[str],
+) -> dict[tuple[Path, bool], tuple[int, ...]]:
+    """Return the training shape of every file, by its path and whether it is read as a video: height, width, frames."""
     base = Path(config.dataset_base_path)
-    paths = list(dict.fromkeys(path for _, row in rows for name in file_columns for path in _paths(base, row, name)))
+    files = list(
+        dict.fromkeys(
+            (path, name in videos) for _, row in rows for name in file_columns for path in _paths(base, row, name)
+        )
+    )
     with ThreadPoolExecutor(_num_threads(config)) as pool:
         measure = partial(_measure, config, multiple)
-        measured = _by_chunks(paths, "checking files", lambda chunk: pool.map(measure, chunk))
+        measured = _by_chunks(files, "checking files", lambda chunk: pool.map(measure, chunk))
     _raise_first(
         f"{source}: {error}"
         for source, row in rows
         for column in file_columns
         for path in _paths(base, row, column)
-        if isinstance(error := measured[path], DataError)
+        if isinstance(error := measured[path, column in videos], DataError)
     )
-    return {path: size for path, size in measured.items() if not isinstance(size, DataError)}
+    return {file: shape for file, shape in measured.items() if not isinstance(shape, DataError)}
 
 
-def _measure(config: RunConfig, multiple: int, path: Path) -> tuple[int, int] | DataError:
+def _measure(config: RunConfig, multiple: int, file: tuple[Path, bool]) -> tuple[int, ...] | DataError:
+    path, is_video = file
+    upright = config.apply_exif_orientation
+    frames: tuple[int, ...] = (1,) if is_video else ()
     try:
-        width, height = read_size_px(path, config.apply_exif_orientation)
-        return target_size_px(
+        if is_video and not is_image(path):
+            video = read_video_size(path, config.num_frames, _frame_rate(config), apply_exif=upright)
+            width, height, frames = video.width, video.height, (video.num_frames,)
+        else:
+            width, height = read_size_px(path, upright)
+        size = target_size_px(
             width,
             height,
             fixed_height=config.height,
@@ -242,11 +290,12 @@ def _measure(config: RunConfig, multiple: int, path: Path) -> tuple[int, int] | 
         )
     except DataError as error:
         return error
+    return (*size, *frames)
 
 
-def _by_chunks(paths: Sequence[Path], title: str, function: Callable[[Sequence[Path]], Iterable[T]]) -> dict[Path, T]:
-    """Map paths a chunk at a time: memory stays bounded, and a killed run keeps the digests of finished chunks."""
-    results: dict[Path, T] = {}
+def _by_chunks(paths: Sequence[K], title: str, function: Callable[[Sequence[K]], Iterable[T]]) -> dict[K, T]:
+    """Map files a chunk at a time: memory stays bounded, and a killed run keeps the digests of finished chunks."""
+    results: dict[K, T] = {}
     disable = None if len(paths) > PROGRESS_FROM_FILES else True  # None: no bar unless stderr is a terminal
     with tqdm(total=len(paths), desc=title, unit="file", disable=disable) as bar:
         for start in range(0, len(paths), FILES_PER_CHUNK):

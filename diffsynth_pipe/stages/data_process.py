@@ -162,9 +162,10 @@ def _encode_unit(
 
     from diffsynth_pipe.stages.encode import encode, load_inputs, map_ahead, num_decode_threads, storage_arrays
 
-    loaded = map_ahead(
-        lambda item: load_inputs(unit, item[1].inputs), share.items(), num_decode_threads(dataset_num_workers)
-    )
+    num_threads = num_decode_threads(dataset_num_workers)
+    # a clip is large: one per thread, and the one that is encoded
+    num_ahead = num_threads if "video" in unit.media.values() else None
+    loaded = map_ahead(lambda item: load_inputs(unit, item[1].inputs), share.items(), num_threads, num_ahead)
     # One bar per machine: keys are digests, so the shares of its ranks are of one size, give or take a few records.
     shown = f"data_process {unit.name}"
     if (world_size := os.environ.get("WORLD_SIZE", "1")) != "1":
@@ -174,5 +175,6 @@ def _encode_unit(
         for (key, sample), inputs in loaded:
             fields = storage_arrays(encode(unit, components, inputs))
             note = unit.note(components, inputs) if unit.note else None
+            del inputs
             writer.add(unit.name, key, fields, unit.outputs, label=sample.source, note=note or "")
             progress.update()

@@ -76,19 +76,33 @@ def load_inputs(unit: EncodeUnit, inputs: Mapping[str, Input]) -> dict[str, Any]
     return {name: inputs[name].load() for name in unit.inputs}
 
 
-def map_ahead(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> Iterator[tuple[T, R]]:
-    """Yield ``(item, function(item))`` in order while threads work a few items ahead of the consumer."""
+def map_ahead(
+    function: Callable[[T], R], items: Iterable[T], num_threads: int, num_ahead: int | None = None
+) -> Iterator[tuple[T, R]]:
+    """Yield ``(item, function(item))`` in order while threads work a few items ahead of the consumer.
+
+    Args:
+        function: Runs in the threads.
+        items: Its arguments.
+        num_threads: How many run at the same time.
+        num_ahead: Results, at most, that are there or being made beside the consumer's; twice the threads by default.
+    """
     waiting: deque[tuple[T, Future[R]]] = deque()
+    num_ahead = 2 * num_threads if num_ahead is None else num_ahead
+
+    def result() -> tuple[T, R]:
+        # no name in the generator's frame keeps what the consumer has let go
+        item, future = waiting.popleft()
+        return item, future.result()
+
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
         try:
             for item in items:
                 waiting.append((item, pool.submit(function, item)))
-                if len(waiting) > 2 * num_threads:
-                    ahead, future = waiting.popleft()
-                    yield ahead, future.result()
+                if len(waiting) > num_ahead:
+                    yield result()
             while waiting:
-                ahead, future = waiting.popleft()
-                yield ahead, future.result()
+                yield result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

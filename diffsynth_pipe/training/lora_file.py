@@ -98,9 +98,9 @@ def export_lora(
 
 def resolution_of(buckets: Iterable[str]) -> str | None:
     """Return the resolution of all samples as ModelSpec has it, width before height; None if there are several."""
-    sizes = {re.fullmatch(r"(\d+)x(\d+)", bucket) for bucket in buckets}
-    size = sizes.pop()
-    return f"{size[2]}x{size[1]}" if size and not sizes else None
+    matches = [re.fullmatch(r"(\d+)x(\d+)(x\d+)?", bucket) for bucket in buckets]
+    sizes = {match and f"{match[2]}x{match[1]}" for match in matches}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _adapter(names: Iterable[str], settings: LoraSettings, prefix: str) -> dict[str, object]:

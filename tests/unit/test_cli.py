@@ -128,7 +128,7 @@ def test_help_shows_every_flag_and_default(capsys):
     for name in RunConfig.model_fields:
         assert f"--{name} " in shown
     assert "[default: 32]" in shown
-    assert "Frames per video. [default: 81; not supported yet]" in shown
+    assert "Quantisation, model:method[/excluded]. [default: not set; not supported yet]" in shown
 
 
 def test_run_becomes_the_flow_and_hands_over_what_was_typed(run_file):

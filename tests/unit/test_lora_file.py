@@ -155,7 +155,7 @@ def test_what_is_no_file_and_no_safetensors(tmp_path):
 
 @pytest.mark.parametrize(
     ("buckets", "resolution"),
-    [(["64x32"], "32x64"), (["64x32", "64x64"], None), (["64x32+64x32"], None), (["81x64x32"], None)],
+    [(["64x32"], "32x64"), (["64x32", "64x64"], None), (["64x32+64x32"], None), (["480x832x81"], "832x480")],
 )
 def test_resolution_has_the_width_first_and_is_left_out_where_there_are_several(buckets, resolution):
     assert resolution_of(buckets) == resolution
