@@ -65,6 +65,20 @@ def test_the_prefect_way(stack, deployment_run, run_parameters, run_config):
     assert len(list(output.rglob("dit_lora.safetensors"))) == 2
 
 
+def test_a_new_database_changes_nothing(stack, run_config, run_parameters):
+    """What is done is done, though the server has never heard of it."""
+    launch_data_process(run_config())
+    launch_train(run_config())
+    stack.kill(stack.worker)
+    stack.kill(stack.server)
+    for file in Path(stack.env["PREFECT_HOME"]).glob("prefect.db*"):
+        file.unlink()
+    stack.start()
+    run = stack.submit(run_parameters)
+    assert stack.wait_for_state(run.id).state_name == "Completed"
+    assert stack.task_states(run.id) == {"data_process": "Cached", "train": "Cached"}
+
+
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [
