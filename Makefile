@@ -11,7 +11,7 @@ DEMO := build/demo
 DEMO_MODELS := $(DEMO)/models
 FAMILY ?= qwen_image
 
-.PHONY: help demo test lint check bench torture format clean-demo
+.PHONY: help demo deploy test lint check bench torture format clean-demo
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -27,6 +27,13 @@ demo: $(INSTALLED)  ## Cache 18 photos and train a LoRA of a tiny Qwen-Image, on
 	@test -f deploy/demo/$(FAMILY).yaml || { echo "no deploy/demo/$(FAMILY).yaml; FAMILY is one of $(basename $(notdir $(wildcard deploy/demo/*.yaml)))"; exit 2; }
 	@$(BIN)/diffsynth-pipe tiny-model $(DEMO_MODELS)/tiny/$(FAMILY) --family $(FAMILY)
 	@DIFFSYNTH_MODEL_BASE_PATH=$(DEMO_MODELS) DIFFSYNTH_SKIP_DOWNLOAD=True $(BIN)/diffsynth-pipe run deploy/demo/$(FAMILY).yaml
+
+deploy: $(INSTALLED)  ## Register the flow with the Prefect server in PREFECT_API_URL: pools, deployments, automation
+	$(BIN)/prefect work-pool create local --type process --overwrite
+	$(BIN)/prefect work-pool create gpu-docker --type docker --overwrite
+	$(BIN)/prefect work-pool create gpu-kubernetes --type kubernetes --overwrite
+	$(BIN)/prefect --no-prompt deploy --all --prefect-file deploy/prefect.yaml
+	$(BIN)/python -m flows.automations
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest

@@ -24,7 +24,8 @@ def install(silence: timedelta = SILENCE) -> None:
         description="The run's heartbeats stopped: its worker or its machine is gone. It can be retried.",
         trigger=EventTrigger(
             posture=Posture.Proactive,
-            after={"prefect.flow-run.heartbeat"},
+            # A run may vanish before its first heartbeat, or after it was told to stop.
+            after={f"prefect.flow-run.{event}" for event in ("heartbeat", "Running", "Retrying", "Cancelling")},
             # Any event, not those of known states: states have names of their own.
             expect={"prefect.flow-run.*"},
             match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),

@@ -314,3 +314,15 @@ def test_two_runs_of_one_config_encode_each_record_once(run_file, tmp_path):
     outputs = [process.communicate(timeout=DEADLINE_S * 3) for process in both]
     assert sorted(out.strip() for out, _ in outputs) == ["Cached", "Completed"], outputs
     assert len(list((tmp_path / "cache" / "journal").iterdir())) == 1
+
+
+def test_the_stages_need_no_prefect(run_file, tmp_path, monkeypatch):
+    """Neither the commands nor any process that they start imports it."""
+    (tmp_path / "blocked").mkdir()
+    (tmp_path / "blocked" / "prefect.py").write_text("raise AssertionError('prefect is imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blocked"), prepend=os.pathsep)
+    for stage in ("data-process", "train"):
+        command = [sys.executable, "-m", "diffsynth_pipe.cli", stage, str(run_file())]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "Completed" in done.stdout

@@ -53,7 +53,8 @@ class Stack:
     def start(self) -> None:
         """Start the server, deploy, start a worker."""
         self.start_server()
-        self.cli("work-pool", "create", "local", "--type", "process")
+        for pool, kind in (("local", "process"), ("gpu-docker", "docker"), ("gpu-kubernetes", "kubernetes")):
+            self.cli("work-pool", "create", pool, "--type", kind)
         self.cli("--no-prompt", "deploy", "--all", "--prefect-file", "deploy/prefect.yaml")
         self.worker = self.spawn_worker()
 
