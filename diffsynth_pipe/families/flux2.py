@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
 from diffsynth_pipe.modeling import qwen3
-from diffsynth_pipe.modeling.fields import check_channels, noise_unit, to_pixels
+from diffsynth_pipe.modeling.fields import check_channels, noise_unit, to_pixel_batch
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
 from diffsynth_pipe.modeling.tiny import write_repository
 
@@ -63,7 +63,7 @@ def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[st
     They are the posterior's mode, normalised by the statistics that the VAE keeps as those of a batch norm.
     """
     vae = components["vae"]
-    mode = vae.encode(to_pixels(inputs["image"])[None].to(vae.device, vae.dtype)).latent_dist.mode()[0]
+    mode = vae.encode(to_pixel_batch(inputs["image"]).to(vae.device, vae.dtype)).latent_dist.mode()[0]
     channels, height, width = mode.shape
     patches = mode.reshape(channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3)
     mean = vae.bn.running_mean.view(-1, 1, 1).to(mode)

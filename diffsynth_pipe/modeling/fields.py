@@ -26,6 +26,14 @@ def to_pixels(image: Image) -> Tensor:
     return torch.from_numpy(pixels_hwc.transpose(2, 0, 1)) * 2.0 - 1.0
 
 
+def to_pixel_batch(image: Image) -> Tensor:
+    """Return ``to_pixels`` with a batch dimension, channels last in memory.
+
+    diffusers' image processor lays pixels out so, and convolutions have other bits on other strides.
+    """
+    return to_pixels(image).permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+
+
 def note_on_truncation(tokenizer: Any, text: str, max_tokens: int) -> str | None:
     """Tell how many tokens of a text are cut off, if any."""
     # verbose=False: the tokenizer would warn of what is told here
