@@ -101,7 +101,7 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
     found = {}
     for name in dict.fromkeys(names):
         spec = family.components[name]
-        entries = named[name] or [stray for stray in strays if _class_of(stray) == spec.class_name]
+        entries = named[name] or [stray for stray in strays if _class_of(stray) in spec.class_names]
         if not entries:
             others = "".join(f"; {stray.text!r} is a {_class_of(stray)!r}" for stray in strays)
             raise ModelFileMissing(
@@ -213,9 +213,10 @@ def _component_files(source: _Source, spec: ComponentSpec, config: RunConfig) ->
             f"{source.text}: {weights[0].name!r} would not be read, because weights are called "
             f"{' or '.join(stem + '.safetensors' for stem in WEIGHT_STEMS)}; rename it"
         )
-    if (class_name := _class_name(source.folder)) != spec.class_name:
+    if (class_name := _class_name(source.folder)) not in spec.class_names:
         cure = _cure(class_name, config.family)
-        raise ModelError(f"{source.folder}: holds a {class_name!r}, expected a {spec.class_name!r}; {cure}")
+        expected = " or a ".join(map(repr, spec.class_names))
+        raise ModelError(f"{source.folder}: holds a {class_name!r}, expected a {expected}; {cure}")
     return ComponentFiles(weights=weights, folder=source.folder, companions=companions)
 
 

@@ -34,10 +34,10 @@ def to_pixel_batch(image: Image) -> Tensor:
     return to_pixels(image).permute(1, 2, 0)[None].permute(0, 3, 1, 2)
 
 
-def note_on_truncation(tokenizer: Any, text: str, max_tokens: int) -> str | None:
+def note_on_truncation(tokenizer: Any, text: str, max_tokens: int, *, add_special_tokens: bool = True) -> str | None:
     """Tell how many tokens of a text are cut off, if any."""
     # verbose=False: the tokenizer would warn of what is told here
-    num_tokens = len(tokenizer(text, verbose=False).input_ids)
+    num_tokens = len(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
     num_cut = num_tokens - max_tokens
     return f"truncated, {num_cut} of {num_tokens} tokens were cut off" if num_cut > 0 else None
 

@@ -5,8 +5,13 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from family_samples import batch_of_one, first_call, load_components, random_media
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.processing_utils import ProcessorMixin
 
-from diffsynth_pipe.contracts import Batch
+from diffsynth_pipe.contracts import Batch, ComponentFiles
 from diffsynth_pipe.families.flux2 import PLUGIN, encode_latents, encode_text
 from diffsynth_pipe.training.flow_match import sigma_grid
 from diffsynth_pipe.training.lora import target_layers
@@ -47,6 +52,65 @@ def test_prompt_embeddings_equal_the_pipeline(components, pipeline, prompt):
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt(prompt)
         found = encode_text(components, {"prompt": prompt})["prompt_emb"]
+    assert expected.shape == (1, 512, 96)
+    assert torch.equal(found, expected[0])
+
+
+class TextProcessor(ProcessorMixin):
+    """FLUX.2-dev's processor without the part for images, which needs torchvision."""
+
+    def __init__(self, tokenizer, chat_template=None):
+        super().__init__(tokenizer, chat_template=chat_template)
+
+
+@pytest.fixture(scope="module")
+def dev_folder(tmp_path_factory):
+    """A tiny text encoder of FLUX.2-dev and its tokenizer, which pads on the left."""
+    words = ["<pad>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]"]
+    vocab = {word: number for number, word in enumerate([*words, *sorted(ByteLevel.alphabet())])}
+    bytes_as_words = Tokenizer(BPE(vocab=vocab, merges=[]))
+    bytes_as_words.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_as_words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": words[3:]})
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content[0].text }}"
+        "[/SYSTEM_PROMPT]{% else %}[INST]{{ m.content[0].text }}[/INST]{% endif %}{% endfor %}"
+    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = Mistral3Config(
+        text_config={
+            **sizes,
+            "model_type": "mistral",
+            "vocab_size": len(tokenizer),
+            "num_hidden_layers": 31,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        },
+        vision_config={**sizes, "model_type": "pixtral", "num_hidden_layers": 1, "image_size": 64, "patch_size": 16},
+        image_token_index=7,
+    )
+    folder = tmp_path_factory.mktemp("FLUX.2-dev")
+    torch.manual_seed(0)
+    Mistral3ForConditionalGeneration(config).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, "an [IMG] is no image"])
+def test_prompt_embeddings_of_dev_equal_the_pipeline(dev_folder, prompt):
+    from diffusers import Flux2Pipeline
+
+    files = ComponentFiles(
+        weights=(), folder=dev_folder / "text_encoder", companions={"tokenizer": dev_folder / "tokenizer"}
+    )
+    encoder = PLUGIN.components["text_encoder"].load(files, torch.float32, torch.device("cpu"))
+    assert type(encoder.model).__name__ in PLUGIN.components["text_encoder"].class_names
+    processor = TextProcessor(encoder.tokenizer, encoder.tokenizer.chat_template)
+    with torch.no_grad():
+        expected = Flux2Pipeline._get_mistral_3_small_prompt_embeds(encoder.model, processor, prompt)
+        found = encode_text({"text_encoder": encoder}, {"prompt": prompt})["prompt_emb"]
     assert expected.shape == (1, 512, 96)
     assert torch.equal(found, expected[0])
 
