@@ -169,6 +169,7 @@ class ComponentSpec:
             components that are trained, which ZeRO-3 fills shard by shard.
         switches: What the boolean RunConfig fields of these names do to the loaded model, when they are set.
         other_class_names: What else ``config.json`` may call it; ``load`` tells them apart.
+        lora_formats: The values of ``lora_format`` whose programs know its layers by diffusers' names.
     """
 
     subfolder: str
@@ -179,6 +180,7 @@ class ComponentSpec:
     build: Callable[[Path], Module] | None = None
     switches: Mapping[str, Callable[[Module], None]] = field(default_factory=dict)
     other_class_names: tuple[str, ...] = ()
+    lora_formats: tuple[str, ...] = ("diffusers", "diffsynth", "comfyui")
 
     @property
     def class_names(self) -> tuple[str, ...]:

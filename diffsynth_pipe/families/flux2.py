@@ -120,7 +120,11 @@ class Flux2:
         ),
         "vae": ComponentSpec(subfolder="vae", class_name="AutoencoderKLFlux2", load=load_vae),
         "dit": ComponentSpec(
-            subfolder="transformer", class_name="Flux2Transformer2DModel", load=load_dit, build=build_dit
+            subfolder="transformer",
+            class_name="Flux2Transformer2DModel",
+            load=load_dit,
+            build=build_dit,
+            lora_formats=("diffusers", "diffsynth"),
         ),
     }
     units: tuple[EncodeUnit, ...] = (

@@ -66,7 +66,11 @@ class ZImage:
         ),
         "vae": autoencoder_kl.VAE,
         "dit": ComponentSpec(
-            subfolder="transformer", class_name="ZImageTransformer2DModel", load=load_dit, build=build_dit
+            subfolder="transformer",
+            class_name="ZImageTransformer2DModel",
+            load=load_dit,
+            build=build_dit,
+            lora_formats=("diffusers", "diffsynth"),
         ),
     }
     units: tuple[EncodeUnit, ...] = (

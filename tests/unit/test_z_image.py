@@ -113,3 +113,11 @@ def test_the_schedule_is_the_references():
     assert [round(float(value), 6) for value in (sigmas[0], sigmas[999])] == [1.0, 0.002994]
     assert float(sigmas.median()) == pytest.approx(0.7508, abs=1e-3)
     assert round(float(sigmas.mean()), 3) == 0.677
+
+
+def test_a_record_of_the_reference_becomes_fields():
+    """Its texts are a list of one prompt without padding."""
+    latents, text = torch.randn(1, 16, 4, 6), torch.randn(7, 64)
+    fields = PLUGIN.fields_of_diffsynth_record({"input_latents": latents}, {"prompt_embeds": [text]})
+    assert torch.equal(fields["latents"], latents[0])
+    assert torch.equal(fields["prompt_emb"], text)
