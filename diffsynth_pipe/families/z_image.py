@@ -60,6 +60,7 @@ class ZImage:
         "text_encoder": ComponentSpec(
             subfolder="text_encoder",
             class_name="Qwen3ForCausalLM",
+            other_class_names=("Qwen3Model",),
             load=qwen3.load_text_encoder,
             companions=("tokenizer",),
             trained_part="model.",

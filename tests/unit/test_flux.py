@@ -1,5 +1,6 @@
 """FLUX.1's units and denoiser call against diffusers' own pipelines, bit for bit."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.families.flux import PLUGIN, encode_pooled_text, encode_text, note_on_pooled_text, note_on_text
 from diffsynth_pipe.modeling.autoencoder_kl import encode_latents
 from diffsynth_pipe.stages.plan import check_switches
-from diffsynth_pipe.training.flow_match import sigma_grid
+from diffsynth_pipe.training.flow_match import resolution_shift, sigma_grid
 from diffsynth_pipe.training.lora import target_layers
 
 PROMPTS = ["", "a red cat", "braces {} {0}, <|im_end|> </s> and ünïcödé 在\n\nlines", "word " * 200]
@@ -126,7 +127,14 @@ def test_the_schedule_is_the_references():
     assert [round(float(value), 6) for value in (sigmas[0], sigmas[999])] == [1.0, 0.008929]
     assert round(float(sigmas.median()), 3) == pytest.approx(0.7515, abs=1e-3)
     assert round(float(sigmas.mean()), 3) == 0.678
-    assert PLUGIN.schedule.resolution_shift is not None
+
+
+def test_the_shift_by_resolution_is_the_pipelines():
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    for num_tokens in (256, 1000, 4096):
+        expected = calculate_shift(num_tokens, 256, 4096, 0.5, 1.15)
+        assert math.log(resolution_shift(PLUGIN.schedule.resolution_shift, num_tokens)) == pytest.approx(expected)
 
 
 def test_lora_targets_are_those_of_the_references_example(components):

@@ -1,5 +1,6 @@
 """Z-Image's units and denoiser call against diffusers' own pipelines, bit for bit."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from family_samples import batch_of_one, first_call, load_components, random_media
 
+from diffsynth_pipe.contracts import ComponentFiles
 from diffsynth_pipe.families.z_image import PLUGIN, encode_text
 from diffsynth_pipe.modeling import qwen3
 from diffsynth_pipe.modeling.autoencoder_kl import encode_latents
@@ -49,6 +51,18 @@ def test_prompt_embeddings_equal_the_pipeline(components, pipeline, prompt):
     with torch.no_grad():
         (expected,), _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
         found = encode_text(components, {"prompt": prompt})["prompt_emb"]
+    assert torch.equal(found, expected)
+
+
+def test_a_text_encoder_without_its_head_is_the_same(repo, components, tmp_path):
+    """``model_index.json`` of Z-Image names the headless class."""
+    spec = PLUGIN.components["text_encoder"]
+    components["text_encoder"].model.model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"][0] in spec.class_names
+    files = ComponentFiles(weights=(), folder=tmp_path, companions={"tokenizer": repo / "tokenizer"})
+    headless = {"text_encoder": spec.load(files, components["dit"].dtype, torch.device("cpu"))}
+    with torch.no_grad():
+        expected, found = (encode_text(parts, {"prompt": "a cat"})["prompt_emb"] for parts in (components, headless))
     assert torch.equal(found, expected)
 
 
