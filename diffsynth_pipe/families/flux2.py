@@ -153,7 +153,7 @@ class Flux2:
     )
     noise_unit = noise_unit("image", LATENT_DIMS, lambda image: (128, image.height // 16, image.width // 16))
     # No shift by resolution: that of inference depends on its number of steps too.
-    schedule = FlowMatchSchedule(shift_type="exponential", shift=0.8, u_end=1 / 1000, include_end=True)
+    schedule = FlowMatchSchedule(shift_type="exponential", shift=0.8)
     size_multiple = 16
     latents_field = "latents"
     # A pattern, as "to_out" is a linear layer in the single blocks, but a list of modules in the double ones.

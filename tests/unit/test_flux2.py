@@ -1,5 +1,7 @@
 """FLUX.2's units and denoiser call against diffusers' own pipelines, bit for bit."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -163,12 +165,16 @@ def test_a_denoiser_with_guidance_is_told_one():
     assert kwargs["guidance"].tolist() == [1.0]
 
 
-def test_the_schedule_is_the_references():
-    sigmas = sigma_grid(PLUGIN.schedule)
+@pytest.mark.parametrize("num_steps", [1000, 8])
+def test_the_schedule_is_the_references_for_any_number_of_steps(num_steps):
+    sigmas = sigma_grid(dataclasses.replace(PLUGIN.schedule, num_steps=num_steps))
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential")
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 1000, 1000).tolist(), mu=0.8)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(), mu=0.8)
     torch.testing.assert_close(sigmas, scheduler.sigmas[:-1], rtol=0, atol=1e-6)
-    # the table of the reference
+
+
+def test_the_schedule_has_the_values_of_the_references_table():
+    sigmas = sigma_grid(PLUGIN.schedule)
     assert [round(float(value), 6) for value in (sigmas[0], sigmas[999])] == [1.0, 0.002223]
     assert float(sigmas.median()) == pytest.approx(0.6908, abs=1e-3)
     assert round(float(sigmas.mean()), 3) == 0.631
