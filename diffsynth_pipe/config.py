@@ -339,8 +339,15 @@ class RunConfig(BaseModel):
         "model-specific", "weights", 0.0, "Begin of the trained part of the family's grid, as a fraction of its steps."
     )
     framewise_decoding: bool = _planned("model-specific", "weights", False, "Wan: decode frame by frame.")
-    tokenizer_1_path: str | None = _planned("model-specific", "nothing", None, "FLUX: CLIP tokenizer folder.")
-    tokenizer_2_path: str | None = _planned("model-specific", "nothing", None, "FLUX: T5 tokenizer folder.")
+    tokenizer_1_path: str | None = _setting(
+        "model-specific", "nothing", None, "FLUX.1: folder of CLIP's tokenizer; another name of tokenizer_path."
+    )
+    tokenizer_2_path: str | None = _setting(
+        "model-specific",
+        "nothing",
+        None,
+        "FLUX.1: folder of T5's tokenizer. Default: the one beside the second text encoder.",
+    )
     align_to_opensource_format: bool = _planned(
         "model-specific", "nothing", False, "FLUX: save the LoRA under kohya's names."
     )
@@ -636,6 +643,13 @@ class RunConfig(BaseModel):
                     "'deepspeed'; set cpu_checkpointing in the DeepSpeed file's activation_checkpointing instead"
                 )
                 raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _one_name_of_the_tokenizer(self) -> Self:
+        if self.tokenizer_path is not None and self.tokenizer_1_path is not None:
+            message = "tokenizer_path, tokenizer_1_path: are two names of the same folder; set one"
+            raise ValueError(message)
         return self
 
     @model_validator(mode="after")

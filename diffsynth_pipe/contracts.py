@@ -168,6 +168,8 @@ class ComponentSpec:
         build: Builds it from the ``config.json`` of its folder with new weights, in the current default dtype; for
             components that are trained, which ZeRO-3 fills shard by shard.
         switches: What the boolean RunConfig fields of these names do to the loaded model, when they are set.
+        other_class_names: What else ``config.json`` may call it; ``load`` tells them apart.
+        lora_formats: The values of ``lora_format`` whose programs know its layers by diffusers' names.
     """
 
     subfolder: str
@@ -177,6 +179,13 @@ class ComponentSpec:
     trained_part: str = ""
     build: Callable[[Path], Module] | None = None
     switches: Mapping[str, Callable[[Module], None]] = field(default_factory=dict)
+    other_class_names: tuple[str, ...] = ()
+    lora_formats: tuple[str, ...] = ("diffusers", "diffsynth", "comfyui")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """All that ``config.json`` may call it."""
+        return (self.class_name, *self.other_class_names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -400,7 +409,7 @@ def families_of(class_name: str) -> list[str]:
     return [
         name
         for name, family in families.items()
-        if class_name in (*family.pipelines, *(spec.class_name for spec in family.components.values()))
+        if class_name in family.pipelines or any(class_name in spec.class_names for spec in family.components.values())
     ]
 
 

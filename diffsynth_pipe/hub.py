@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call a component's weights; ``from_pretrained`` reads no others from its folder."""
-COMPANION_PARAMETERS = {"tokenizer": "tokenizer_path", "processor": "processor_path"}
-"""The RunConfig fields that name another folder than the one beside a component."""
+COMPANION_PARAMETERS = {
+    "tokenizer_path": "tokenizer",
+    "tokenizer_1_path": "tokenizer",
+    "tokenizer_2_path": "tokenizer_2",
+    "processor_path": "processor",
+}
+"""The RunConfig fields that name another folder than the one beside a component, and that folder's name there."""
 SHARD_STEM = re.compile(r"-\d+-of-\d+$")
 UNFINISHED = ".unfinished_download"
 """Lies beside the weights while a download runs: what was cut off may lack files that nothing else would miss."""
@@ -75,10 +80,14 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
         names: The components to find.
 
     Raises:
-        ConfigError: An entry is malformed.
+        ConfigError: An entry is malformed, or a companion is named that the family does not have.
         ModelFileMissing: A component is named nowhere, or is not here and was not downloaded.
         ModelError: The files are not one whole model of the right class.
     """
+    known = {companion for spec in family.components.values() for companion in spec.companions}
+    for parameter, companion in COMPANION_PARAMETERS.items():
+        if getattr(config, parameter) and companion not in known:
+            raise ConfigError(f"{parameter}: no component of the family takes a {companion}; leave it out")
     all_entries = _entries(config)
     fp8_entries = _repeated("fp8_models", config.fp8_models, all_entries)
     _repeated("offload_models", config.offload_models, all_entries)
@@ -92,7 +101,7 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
     found = {}
     for name in dict.fromkeys(names):
         spec = family.components[name]
-        entries = named[name] or [stray for stray in strays if _class_of(stray) == spec.class_name]
+        entries = named[name] or [stray for stray in strays if _class_of(stray) in spec.class_names]
         if not entries:
             others = "".join(f"; {stray.text!r} is a {_class_of(stray)!r}" for stray in strays)
             raise ModelFileMissing(
@@ -186,7 +195,7 @@ def _class_of(entry: _Entry) -> str:
 
 def _component_files(source: _Source, spec: ComponentSpec, config: RunConfig) -> ComponentFiles:
     companions = {name: source.folder.parent / name for name in spec.companions}
-    for name, parameter in COMPANION_PARAMETERS.items():
+    for parameter, name in COMPANION_PARAMETERS.items():
         if name in companions and (path := getattr(config, parameter)):
             companions[name] = Path(path).absolute()
             if not companions[name].is_dir():
@@ -204,9 +213,10 @@ def _component_files(source: _Source, spec: ComponentSpec, config: RunConfig) ->
             f"{source.text}: {weights[0].name!r} would not be read, because weights are called "
             f"{' or '.join(stem + '.safetensors' for stem in WEIGHT_STEMS)}; rename it"
         )
-    if (class_name := _class_name(source.folder)) != spec.class_name:
+    if (class_name := _class_name(source.folder)) not in spec.class_names:
         cure = _cure(class_name, config.family)
-        raise ModelError(f"{source.folder}: holds a {class_name!r}, expected a {spec.class_name!r}; {cure}")
+        expected = " or a ".join(map(repr, spec.class_names))
+        raise ModelError(f"{source.folder}: holds a {class_name!r}, expected a {expected}; {cure}")
     return ComponentFiles(weights=weights, folder=source.folder, companions=companions)
 
 

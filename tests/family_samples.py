@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from diffsynth_pipe.contracts import Batch, ComponentFiles
 from diffsynth_pipe.data.samples import needed_columns
+from diffsynth_pipe.training.sources import collate
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from diffsynth_pipe.contracts import EncodeUnit
+    from diffsynth_pipe.contracts import Components, EncodeUnit, ModelFamily
 
 PROMPTS = ("", "a red circle", "three blue squares on a white table, 在 soft light")
 CELLS = {"seed": 11, "rand_device": "cpu", "num_inference_steps": 3, "cfg_scale": 1}
@@ -57,3 +61,38 @@ def write_media(folder: Path, kind: str, seed: int) -> Any:
     for image, name in zip(images, names, strict=True):
         image.save(folder / name)
     return names if kind == "images" else names[0]
+
+
+def load_components(family: ModelFamily, repo: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Load all components of a repository on the CPU."""
+    loaded = {}
+    for name, spec in family.components.items():
+        folder = repo / spec.subfolder
+        companions = {companion: repo / companion for companion in spec.companions}
+        files = ComponentFiles(weights=tuple(folder.glob("*.safetensors")), folder=folder, companions=companions)
+        loaded[name] = spec.load(files, dtype, torch.device("cpu"))
+    return loaded
+
+
+def batch_of_one(family: ModelFamily, components: Components, values: dict[str, Any]) -> Batch:
+    """Encode one sample in the dtype of the components."""
+    specs = [spec for unit in family.units for spec in unit.outputs]
+    with torch.no_grad():
+        record = {
+            name: value
+            for unit in family.units
+            for name, value in unit.encode(components, {column: values[column] for column in unit.inputs}).items()
+        }
+    fields, lengths = collate(specs, [record])
+    return Batch(fields=fields, lengths=lengths, sample_ids=("0" * 32,), visits=(0,))
+
+
+def first_call(module: torch.nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Return the arguments and the result of the first call of a module while something runs."""
+    calls = []
+    hook = module.register_forward_hook(
+        lambda _module, args, kwargs, output: calls.append((args, kwargs, output)), with_kwargs=True
+    )
+    with hook:
+        run()
+    return calls[0]

@@ -112,7 +112,11 @@ class Flux:
         ),
         "vae": autoencoder_kl.VAE,
         "dit": ComponentSpec(
-            subfolder="transformer", class_name="FluxTransformer2DModel", load=load_dit, build=build_dit
+            subfolder="transformer",
+            class_name="FluxTransformer2DModel",
+            load=load_dit,
+            build=build_dit,
+            lora_formats=("diffusers",),
         ),
     }
     units: tuple[EncodeUnit, ...] = (

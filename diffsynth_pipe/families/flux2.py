@@ -1,14 +1,14 @@
-"""FLUX.2-klein: Qwen3 text encoder, image VAE with normalised patches, MMDiT denoiser; called as in diffusers."""
+"""FLUX.2: Qwen3 (klein) or Mistral 3 (dev) text encoder, image VAE, MMDiT denoiser; called as in diffusers."""
 
 from __future__ import annotations
 
-from functools import partial
+import json
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
 from diffsynth_pipe.modeling import qwen3
-from diffsynth_pipe.modeling.fields import check_channels, noise_unit, to_pixels
+from diffsynth_pipe.modeling.fields import check_channels, noise_unit, note_on_truncation, to_pixel_batch
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
 from diffsynth_pipe.modeling.tiny import write_repository
 
@@ -21,11 +21,26 @@ if TYPE_CHECKING:
 
     from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, ModelFamily
 
-HIDDEN_LAYERS = (9, 18, 27)
+HIDDEN_LAYERS = {"Qwen3ForCausalLM": [9, 18, 27], "Mistral3ForConditionalGeneration": [10, 20, 30]}
 """The layers after which the hidden states are taken, and joined in each token."""
+SYSTEM_MESSAGE = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+"""What Mistral 3 is told before the prompt."""
 GUIDANCE = 1.0
 """What a denoiser with an embedded guidance is told in training, as the reference does."""
 LATENT_DIMS = ("channel", "height", "width")
+
+
+def load_text_encoder(files: ComponentFiles, dtype: dtype, device: device) -> qwen3.TextEncoder:
+    """Load the language model that ``config.json`` names, and its tokenizer."""
+    if json.loads((files.folder / "config.json").read_text("utf-8"))["architectures"] == ["Qwen3ForCausalLM"]:
+        return qwen3.load_text_encoder(files, dtype, device)
+    from transformers import AutoTokenizer, Mistral3ForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(files.companions["tokenizer"], local_files_only=True)
+    return qwen3.TextEncoder(load_encoder(Mistral3ForConditionalGeneration, files, dtype, device), tokenizer)
 
 
 def load_vae(files: ComponentFiles, dtype: dtype, device: device) -> Any:
@@ -49,12 +64,32 @@ def build_dit(folder: Path) -> Module:
     return build_denoiser(Flux2Transformer2DModel, folder)
 
 
+def conversation(encoder: qwen3.TextEncoder, prompt: str) -> str:
+    """Return the text that is encoded: the prompt in the tokenizer's own chat template."""
+    if type(encoder.model).__name__ == "Qwen3ForCausalLM":
+        return qwen3.conversation(encoder.tokenizer, prompt, enable_thinking=False)
+    # The pipeline takes the mark of an image out of prompts, as there is no image.
+    contents = {"system": SYSTEM_MESSAGE, "user": prompt.replace("[IMG]", "")}
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in contents.items()]
+    text: str = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    return text
+
+
 def encode_text(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Encode one prompt: ``prompt_emb`` [512, channel]. The denoiser sees the padding, which is no constant."""
     import torch
 
-    states, _ = qwen3.hidden_states(components, inputs, enable_thinking=False)
-    return {"prompt_emb": torch.cat([states[layer] for layer in HIDDEN_LAYERS], dim=-1)}
+    encoder: qwen3.TextEncoder = components["text_encoder"]
+    states, _ = qwen3.hidden_states(encoder, conversation(encoder, inputs["prompt"]))
+    layers = HIDDEN_LAYERS[type(encoder.model).__name__]
+    return {"prompt_emb": torch.cat([states[layer] for layer in layers], dim=-1)}
+
+
+def note_on_text(components: Components, inputs: Mapping[str, Any]) -> str | None:
+    """Tell how many tokens are cut off, if any: of the prompt and the template's end behind it."""
+    encoder: qwen3.TextEncoder = components["text_encoder"]
+    text = conversation(encoder, inputs["prompt"])
+    return note_on_truncation(encoder.tokenizer, text, qwen3.MAX_TOKENS, add_special_tokens=False)
 
 
 def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -63,7 +98,7 @@ def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[st
     They are the posterior's mode, normalised by the statistics that the VAE keeps as those of a batch norm.
     """
     vae = components["vae"]
-    mode = vae.encode(to_pixels(inputs["image"])[None].to(vae.device, vae.dtype)).latent_dist.mode()[0]
+    mode = vae.encode(to_pixel_batch(inputs["image"]).to(vae.device, vae.dtype)).latent_dist.mode()[0]
     channels, height, width = mode.shape
     patches = mode.reshape(channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3)
     mean = vae.bn.running_mean.view(-1, 1, 1).to(mode)
@@ -72,19 +107,24 @@ def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[st
 
 
 class Flux2:
-    """Text to image with FLUX.2-klein."""
+    """Text to image with FLUX.2-klein and FLUX.2-dev."""
 
     components: Mapping[str, ComponentSpec] = {
         "text_encoder": ComponentSpec(
             subfolder="text_encoder",
             class_name="Qwen3ForCausalLM",
-            load=qwen3.load_text_encoder,
+            other_class_names=("Mistral3ForConditionalGeneration",),
+            load=load_text_encoder,
             companions=("tokenizer",),
             trained_part="model.",
         ),
         "vae": ComponentSpec(subfolder="vae", class_name="AutoencoderKLFlux2", load=load_vae),
         "dit": ComponentSpec(
-            subfolder="transformer", class_name="Flux2Transformer2DModel", load=load_dit, build=build_dit
+            subfolder="transformer",
+            class_name="Flux2Transformer2DModel",
+            load=load_dit,
+            build=build_dit,
+            lora_formats=("diffusers", "diffsynth"),
         ),
     }
     units: tuple[EncodeUnit, ...] = (
@@ -94,8 +134,13 @@ class Flux2:
             outputs=(FieldSpec(name="prompt_emb", dtype="bfloat16", dims=("token", "channel")),),
             component="text_encoder",
             encode=encode_text,
-            note=partial(qwen3.note_on_text, enable_thinking=False),
-            recipe={"enable_thinking": False, "num_tokens": qwen3.MAX_TOKENS, "hidden_states": list(HIDDEN_LAYERS)},
+            note=note_on_text,
+            recipe={
+                "enable_thinking": False,
+                "system_message": SYSTEM_MESSAGE,
+                "num_tokens": qwen3.MAX_TOKENS,
+                "hidden_states": HIDDEN_LAYERS,
+            },
         ),
         EncodeUnit(
             name="latents",
@@ -108,7 +153,7 @@ class Flux2:
     )
     noise_unit = noise_unit("image", LATENT_DIMS, lambda image: (128, image.height // 16, image.width // 16))
     # No shift by resolution: that of inference depends on its number of steps too.
-    schedule = FlowMatchSchedule(shift_type="exponential", shift=0.8, u_end=1 / 1000, include_end=True)
+    schedule = FlowMatchSchedule(shift_type="exponential", shift=0.8)
     size_multiple = 16
     latents_field = "latents"
     # A pattern, as "to_out" is a linear layer in the single blocks, but a list of modules in the double ones.
@@ -118,7 +163,7 @@ class Flux2:
     )
     lora_prefix = "transformer"
     architecture = "flux-2"
-    pipelines: tuple[str, ...] = ("Flux2KleinPipeline",)
+    pipelines: tuple[str, ...] = ("Flux2KleinPipeline", "Flux2Pipeline")
 
     def check_fields(self, dit_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse cached fields that this denoiser cannot take; see ``ModelFamily``."""
@@ -171,14 +216,14 @@ def _tiny_pipeline() -> Any:
         Flux2Transformer2DModel,
     )
 
-    text_encoder, tokenizer = qwen3.tiny_text_encoder(hidden_size=32, num_layers=max(HIDDEN_LAYERS) + 1)
+    text_encoder, tokenizer = qwen3.tiny_text_encoder(hidden_size=32, num_layers=28)
     transformer = Flux2Transformer2DModel(
         in_channels=128,
         num_layers=1,
         num_single_layers=2,
         attention_head_dim=32,
         num_attention_heads=4,
-        joint_attention_dim=len(HIDDEN_LAYERS) * 32,
+        joint_attention_dim=3 * 32,
         axes_dims_rope=(8, 8, 8, 8),
         guidance_embeds=False,
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
 from diffsynth_pipe.modeling import autoencoder_kl, qwen3
-from diffsynth_pipe.modeling.fields import check_channels
+from diffsynth_pipe.modeling.fields import check_channels, note_on_truncation
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser
 from diffsynth_pipe.modeling.tiny import write_repository
 
@@ -41,8 +40,17 @@ def build_dit(folder: Path) -> Module:
 
 def encode_text(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Encode one prompt into the hidden states before the last layer: ``prompt_emb`` [token, channel], no padding."""
-    states, is_text = qwen3.hidden_states(components, inputs, enable_thinking=True)
+    encoder: qwen3.TextEncoder = components["text_encoder"]
+    text = qwen3.conversation(encoder.tokenizer, inputs["prompt"], enable_thinking=True)
+    states, is_text = qwen3.hidden_states(encoder, text)
     return {"prompt_emb": states[-2][is_text]}
+
+
+def note_on_text(components: Components, inputs: Mapping[str, Any]) -> str | None:
+    """Tell how many tokens are cut off, if any: of the prompt and the template's end behind it."""
+    tokenizer = components["text_encoder"].tokenizer
+    text = qwen3.conversation(tokenizer, inputs["prompt"], enable_thinking=True)
+    return note_on_truncation(tokenizer, text, qwen3.MAX_TOKENS, add_special_tokens=False)
 
 
 class ZImage:
@@ -52,13 +60,18 @@ class ZImage:
         "text_encoder": ComponentSpec(
             subfolder="text_encoder",
             class_name="Qwen3ForCausalLM",
+            other_class_names=("Qwen3Model",),
             load=qwen3.load_text_encoder,
             companions=("tokenizer",),
             trained_part="model.",
         ),
         "vae": autoencoder_kl.VAE,
         "dit": ComponentSpec(
-            subfolder="transformer", class_name="ZImageTransformer2DModel", load=load_dit, build=build_dit
+            subfolder="transformer",
+            class_name="ZImageTransformer2DModel",
+            load=load_dit,
+            build=build_dit,
+            lora_formats=("diffusers", "diffsynth"),
         ),
     }
     units: tuple[EncodeUnit, ...] = (
@@ -68,7 +81,7 @@ class ZImage:
             outputs=(FieldSpec(name="prompt_emb", dtype="bfloat16", dims=("token", "channel"), ragged=True),),
             component="text_encoder",
             encode=encode_text,
-            note=partial(qwen3.note_on_text, enable_thinking=True),
+            note=note_on_text,
             recipe={"enable_thinking": True, "max_tokens": qwen3.MAX_TOKENS, "hidden_state": -2},
         ),
         autoencoder_kl.LATENTS_UNIT,

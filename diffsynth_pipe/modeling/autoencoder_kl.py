@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit
-from diffsynth_pipe.modeling.fields import noise_unit, to_pixels
+from diffsynth_pipe.modeling.fields import noise_unit, to_pixel_batch
 from diffsynth_pipe.modeling.loading import load_encoder
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def load_vae(files: ComponentFiles, dtype: dtype, device: device) -> Any:
 def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Encode one RGB image into normalised latents: ``latents`` [16, height/8, width/8], the posterior's mode."""
     vae = components["vae"]
-    mode = vae.encode(to_pixels(inputs["image"])[None].to(vae.device, vae.dtype)).latent_dist.mode()[0]
+    mode = vae.encode(to_pixel_batch(inputs["image"]).to(vae.device, vae.dtype)).latent_dist.mode()[0]
     return {"latents": (mode - vae.config.shift_factor) * vae.config.scaling_factor}
 
 

@@ -26,10 +26,18 @@ def to_pixels(image: Image) -> Tensor:
     return torch.from_numpy(pixels_hwc.transpose(2, 0, 1)) * 2.0 - 1.0
 
 
-def note_on_truncation(tokenizer: Any, text: str, max_tokens: int) -> str | None:
+def to_pixel_batch(image: Image) -> Tensor:
+    """Return ``to_pixels`` with a batch dimension, channels last in memory.
+
+    diffusers' image processor lays pixels out so, and convolutions have other bits on other strides.
+    """
+    return to_pixels(image).permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+
+
+def note_on_truncation(tokenizer: Any, text: str, max_tokens: int, *, add_special_tokens: bool = True) -> str | None:
     """Tell how many tokens of a text are cut off, if any."""
     # verbose=False: the tokenizer would warn of what is told here
-    num_tokens = len(tokenizer(text, verbose=False).input_ids)
+    num_tokens = len(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids)
     num_cut = num_tokens - max_tokens
     return f"truncated, {num_cut} of {num_tokens} tokens were cut off" if num_cut > 0 else None
 

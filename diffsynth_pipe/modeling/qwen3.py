@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffsynth_pipe.modeling.fields import note_on_truncation
 from diffsynth_pipe.modeling.loading import load_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor, device, dtype
 
-    from diffsynth_pipe.contracts import ComponentFiles, Components
+    from diffsynth_pipe.contracts import ComponentFiles
 
 MAX_TOKENS = 512
 """Of the whole conversation; the pipelines pad to it."""
@@ -46,18 +43,16 @@ def conversation(tokenizer: Any, prompt: str, *, enable_thinking: bool) -> str:
     return text
 
 
-def hidden_states(
-    components: Components, inputs: Mapping[str, Any], *, enable_thinking: bool
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Encode one prompt, padded as in the pipelines, whose bits depend on it.
+def hidden_states(encoder: TextEncoder, text: str) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Encode one conversation, padded as in the pipelines, whose bits depend on it.
 
     Returns:
         The hidden states before the first and after each layer, ``[512, channel]`` each, and which of the rows are
         text, bool ``[512]``.
     """
-    encoder: TextEncoder = components["text_encoder"]
     tokens = encoder.tokenizer(
-        conversation(encoder.tokenizer, inputs["prompt"], enable_thinking=enable_thinking),
+        text,
+        add_special_tokens=False,
         padding="max_length",
         max_length=MAX_TOKENS,
         truncation=True,
@@ -68,13 +63,6 @@ def hidden_states(
         input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True, use_cache=False
     )
     return tuple(state[0] for state in output.hidden_states), tokens.attention_mask[0].bool()
-
-
-def note_on_text(components: Components, inputs: Mapping[str, Any], *, enable_thinking: bool) -> str | None:
-    """Tell how many tokens of the conversation are cut off, if any: of the prompt and the template's end behind it."""
-    tokenizer = components["text_encoder"].tokenizer
-    text = conversation(tokenizer, inputs["prompt"], enable_thinking=enable_thinking)
-    return note_on_truncation(tokenizer, text, MAX_TOKENS)
 
 
 def tiny_text_encoder(*, hidden_size: int, num_layers: int) -> tuple[Any, Any]:

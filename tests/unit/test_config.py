@@ -167,6 +167,8 @@ OTHER_VALUES = {
     "processor_path": ("processor", "processor", "nothing"),
     "zero_cond_t": ("true", True, "weights"),
     "initialize_model_on_cpu": ("true", True, "nothing"),
+    "tokenizer_1_path": ("clip", "clip", "nothing"),
+    "tokenizer_2_path": ("t5", "t5", "nothing"),
     "apply_exif_orientation": ("false", False, "cache"),
     "fix_frame_rate": ("true", True, "cache"),
     "frame_rate": ("16", 16.0, "cache"),

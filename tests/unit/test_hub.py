@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pydantic import ValidationError
 
 from diffsynth_pipe.config import RunConfig
 from diffsynth_pipe.contracts import ComponentSpec
@@ -212,6 +213,28 @@ def test_tokenizer_path_overrides_the_sibling(repo, tmp_path):
     assert found["text_encoder"].companions == {"tokenizer": tmp_path / "words"}
     with pytest.raises(ModelFileMissing, match="nowhere does not exist"):
         resolve("text_encoder", model_id_with_origin_paths=BY_ID, tokenizer_path="nowhere")
+
+
+def test_the_tokenizers_of_flux_have_paths_of_their_own(repo, tmp_path, monkeypatch):
+    encoder = dataclasses.replace(FAMILY.components["text_encoder"], companions=("tokenizer", "tokenizer_2"))
+    monkeypatch.setitem(FAMILY.components, "text_encoder", encoder)
+    for folder in ("words", "pieces"):
+        (tmp_path / folder).mkdir()
+    found = resolve(
+        "text_encoder", model_id_with_origin_paths=BY_ID, tokenizer_1_path="words", tokenizer_2_path="pieces"
+    )
+    companions = {"tokenizer": tmp_path / "words", "tokenizer_2": tmp_path / "pieces"}
+    assert found["text_encoder"].companions == companions
+    with pytest.raises(ModelFileMissing, match=r"tokenizer_2_path: .*nowhere does not exist"):
+        resolve("text_encoder", model_id_with_origin_paths=BY_ID, tokenizer_2_path="nowhere")
+    with pytest.raises(ValidationError, match="tokenizer_path, tokenizer_1_path: are two names of the same folder"):
+        resolve("text_encoder", model_id_with_origin_paths=BY_ID, tokenizer_path="words", tokenizer_1_path="words")
+
+
+def test_a_folder_that_no_component_of_the_family_takes_is_refused(repo, tmp_path):
+    (tmp_path / "pieces").mkdir()
+    with pytest.raises(ConfigError, match=r"^tokenizer_2_path: no component of the family takes a tokenizer_2; leave"):
+        resolve("vae", model_id_with_origin_paths=BY_ID, tokenizer_2_path="pieces")
 
 
 @pytest.mark.parametrize(
