@@ -174,6 +174,7 @@ def _train(
             "files": list(result.files),
             "lora_path": next((file for file in result.files if file.endswith("_lora.safetensors")), None),
             **_base_model(files["dit"]),
+            "load_argument": ", load_into_transformer_2=True" if files["dit"].folder.name == "transformer_2" else "",
             "initial_weights": config.resume_from_checkpoint and str(Path(config.resume_from_checkpoint).resolve()),
             "engine": loop.engine_description,
             "world_size": accelerator.num_processes,
