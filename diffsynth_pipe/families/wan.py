@@ -174,7 +174,7 @@ class Wan:
     schedule = wan.SCHEDULE
     size_multiple = SCALE * wan.PATCH
     latents_field = "latents"
-    lora_target_modules = wan.LORA_TARGET_MODULES
+    lora_target_modules: str | tuple[str, ...] = wan.LORA_TARGET_MODULES
     lora_prefix = "transformer"
     architecture = "Wan"
     pipelines: tuple[str, ...] = ("WanPipeline", "WanImageToVideoPipeline")

@@ -78,7 +78,7 @@ class WanTextImageToVideo:
     schedule = wan.SCHEDULE
     size_multiple = SCALE * wan.PATCH
     latents_field = "latents"
-    lora_target_modules = wan.LORA_TARGET_MODULES
+    lora_target_modules: str | tuple[str, ...] = wan.LORA_TARGET_MODULES
     lora_prefix = "transformer"
     architecture = "Wan2.2-TI2V-5B"
     pipelines: tuple[str, ...] = ("WanPipeline", "WanImageToVideoPipeline")

@@ -109,7 +109,7 @@ def test_an_expert_that_is_trained_beyond_its_boundary_is_told(model, boundary, 
 
 def test_both_experts_at_once_are_refused(settings):
     parameters = settings("t2v-a14b", models=("transformer", "transformer_2"))
-    with pytest.raises(ModelError, match="2 model entries name the dit: .*; keep one"):
+    with pytest.raises(ModelError, match=r"2 model entries name the dit: .*; keep one"):
         stages(parameters)
 
 
@@ -136,7 +136,8 @@ def test_a_fresh_pipeline_with_the_lora_gives_the_loss_that_training_ended_with(
     from diffusers import WanPipeline
 
     parameters = settings(variant, models=(model,), num_epochs=4, num_validation_samples=2)
-    run = stages(parameters).summary
+    result = stages(parameters)
+    run = result.summary
     assert run["loss_after"] < run["loss_before"]
     pipeline = WanPipeline.from_pretrained(run["base_model"], vae=None, text_encoder=None, dtype=torch.float32)
     family = load_family("wan")
@@ -148,6 +149,5 @@ def test_a_fresh_pipeline_with_the_lora_gives_the_loss_that_training_ended_with(
         return Validator(module, source, Accelerator(), torch.float32, num_samples=2, held_out=False).measure(0).loss
 
     assert loss() == pytest.approx(run["loss_before"], rel=1e-7)
-    (lora,) = Path(parameters["output_path"]).rglob("step-*/dit_lora.safetensors")
-    pipeline.load_lora_weights(lora, load_into_transformer_2=model == "transformer_2")
+    pipeline.load_lora_weights(result.path / run["lora_path"], load_into_transformer_2=model == "transformer_2")
     assert loss() == pytest.approx(run["loss_after"], rel=1e-7)
