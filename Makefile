@@ -31,7 +31,7 @@ demo: $(INSTALLED)  ## Cache 18 photos and train a LoRA of a tiny Qwen-Image, on
 deploy: $(INSTALLED)  ## Register the flow with the Prefect server in PREFECT_API_URL: pools, deployments, automation
 	$(BIN)/prefect work-pool create local --type process --overwrite
 	$(BIN)/prefect work-pool create gpu-docker --type docker --overwrite
-	$(BIN)/prefect work-pool create gpu-kubernetes --type kubernetes --overwrite
+	$(BIN)/prefect work-pool create gpu-kubernetes --type kubernetes --base-job-template deploy/k8s/base-job-template.json --overwrite
 	$(BIN)/prefect --no-prompt deploy --all --prefect-file deploy/prefect.yaml
 	$(BIN)/python -m flows.automations
 

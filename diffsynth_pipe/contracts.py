@@ -29,6 +29,9 @@ CAPTION_COLUMN = "prompt"
 EMPTY_CAPTION_ID = "0" * 32
 """Id of the reserved sample whose caption is empty; all else of it is the first sample's."""
 
+FIRST_FRAME_FIELD = "first_frame_latents"
+"""A field of this name holds a first latent frame that is given, not generated: a loss leaves that frame out."""
+
 Media = Literal["image", "images", "video"]
 """How a cell is loaded: an RGB ``PIL.Image``; a list of them; uint8 frames ``[frame, height, width, 3]``."""
 
@@ -160,6 +163,7 @@ class ComponentSpec:
 
     Attributes:
         subfolder: Its folder in a repository: ``transformer``.
+        other_subfolders: Folders of others like it, one of which may be trained in its place: ``transformer_2``.
         class_name: What ``config.json`` calls it (``_class_name`` or the first of ``architectures``).
         companions: Sibling folders it cannot do without.
         load: Loads it in eval mode, frozen, in the given dtype, on the given device.
@@ -177,6 +181,7 @@ class ComponentSpec:
     load: Callable[[ComponentFiles, dtype, device], Any]
     companions: tuple[str, ...] = ()
     trained_part: str = ""
+    other_subfolders: tuple[str, ...] = ()
     build: Callable[[Path], Module] | None = None
     switches: Mapping[str, Callable[[Module], None]] = field(default_factory=dict)
     other_class_names: tuple[str, ...] = ()

@@ -91,7 +91,9 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
     all_entries = _entries(config)
     fp8_entries = _repeated("fp8_models", config.fp8_models, all_entries)
     _repeated("offload_models", config.offload_models, all_entries)
-    subfolders = {spec.subfolder: name for name, spec in family.components.items()}
+    subfolders = {
+        folder: name for name, spec in family.components.items() for folder in (spec.subfolder, *spec.other_subfolders)
+    }
     named: dict[str, list[_Entry]] = {name: [] for name in family.components}
     strays: list[_Entry] = []
     for entry in all_entries:

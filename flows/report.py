@@ -157,8 +157,8 @@ def _train_lines(result: StageResult) -> list[str]:
         "load it in diffusers:",
         f"  pipe = {pipeline}.from_pretrained({_quoted(summary['base_model'])})",
         *([f"  # with the denoiser's weights from {initial}"] if (initial := summary.get("initial_weights")) else []),
-        f"  pipe.load_lora_weights({_quoted(lora_path)})",
-        '  image = pipe("your prompt").images[0]',
+        f"  pipe.load_lora_weights({_quoted(lora_path)}{summary.get('load_argument', '')})",
+        '  image = pipe("your prompt")[0][0]',
     ]
 
 

@@ -13,7 +13,7 @@ from diffsynth_pipe.data.samples import needed_columns
 from diffsynth_pipe.training.sources import collate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from diffsynth_pipe.contracts import Components, EncodeUnit, ModelFamily
@@ -43,9 +43,15 @@ def random_media(kind: str, seed: int, height_px: int = 48, width_px: int = 64) 
     return Image.fromarray(pixels[0])
 
 
-def sample_values(units: tuple[EncodeUnit, ...], prompt: str, seed: int) -> dict[str, Any]:
-    """Return a loaded value for every column of one sample."""
-    media = {column: random_media(kind, seed) for column, kind in media_columns(units).items()}
+def units_of(units: Iterable[EncodeUnit]) -> tuple[EncodeUnit, ...]:
+    """Return those that take part without being named."""
+    return tuple(unit for unit in units if unit.enabled_by is None)
+
+
+def sample_values(units: tuple[EncodeUnit, ...], prompt: str, seed: int, multiple: int = 16) -> dict[str, Any]:
+    """Return a loaded value for every column of one sample, media of 3 x 4 multiples in pixels."""
+    size_px = (3 * multiple, 4 * multiple)
+    media = {column: random_media(kind, seed, *size_px) for column, kind in media_columns(units).items()}
     return {"prompt": prompt, **media, **CELLS, "seed": CELLS["seed"] + seed}
 
 

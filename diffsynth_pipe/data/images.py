@@ -161,7 +161,7 @@ def read_size_px(path: Path, apply_exif: bool) -> tuple[int, int]:
     Raises:
         DataError: The file is not an image.
     """
-    with _decoding_errors(path), Image.open(path) as image:
+    with decoding_errors(path), Image.open(path) as image:
         width, height = image.size
         return (height, width) if apply_exif and _orientation(image) in SIDEWAYS else (width, height)
 
@@ -183,7 +183,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _decode(path: Path, data: bytes, height: int, width: int, apply_exif: bool) -> Image.Image:
-    with _decoding_errors(path), Image.open(BytesIO(data)) as image:
+    with decoding_errors(path), Image.open(BytesIO(data)) as image:
         orientation = _orientation(image) if apply_exif else 1
         rgb = _to_rgb(image)
     if orientation in UPRIGHT:
@@ -220,7 +220,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 @contextmanager
-def _decoding_errors(path: Path) -> Iterator[None]:
+def decoding_errors(path: Path) -> Iterator[None]:
+    """Tell in one line what goes wrong while PIL decodes a file."""
     try:
         yield
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:

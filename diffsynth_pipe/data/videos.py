@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageSequence, UnidentifiedImageError
 
-from diffsynth_pipe.data.images import cover
+from diffsynth_pipe.data.images import cover, decoding_errors
 from diffsynth_pipe.errors import ConfigError, DataError
 from diffsynth_pipe.fingerprint import file_digest, json_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -127,11 +127,15 @@ def is_image(path: Path) -> bool:
     Raises:
         DataError: The file cannot be read.
     """
+    return _image_format(path) not in {None, "GIF", "MPEG"}
+
+
+def _image_format(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
-            return image.format not in {"GIF", "MPEG"}
+            return image.format
     except UnidentifiedImageError:
-        return False
+        return None
     except OSError as error:
         raise _unreadable(path, error) from error
 
@@ -145,6 +149,8 @@ def read_video_size(path: Path, num_frames: int, frame_rate: float | None, *, ap
     Raises:
         DataError: The file is no video, holds no frame, or ends early.
     """
+    if _image_format(path) == "GIF":
+        return _gif_size(path, num_frames, frame_rate)
     first: Any = None
     num_packets = num_shown = 0
     times: list[Fraction] = []
@@ -171,11 +177,51 @@ def read_video_size(path: Path, num_frames: int, frame_rate: float | None, *, ap
         raise DataError(f"{path}: holds no frame that can be decoded; replace or remove it")
     if frame_rate is not None:
         num_shown = int((max(times) - min(times)) * Fraction(frame_rate)) if times else 1
-    count = max(1, min(num_frames, num_shown))
     width, height = first.width, first.height
     if apply_exif and first.rotation % 180:
         width, height = height, width
-    return VideoSize(width, height, (count - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1)
+    return VideoSize(width, height, _clip_length(num_shown, num_frames))
+
+
+def _clip_length(num_shown: int, num_frames: int) -> int:
+    return (max(1, min(num_frames, num_shown)) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+
+
+def _gif_size(path: Path, num_frames: int, frame_rate: float | None) -> VideoSize:
+    with closing(_gif_frames(path)) as frames:
+        for num_shown, frame in enumerate(frames, start=1):  # noqa: B007 - the last one is wanted
+            if frame_rate is None and num_shown == num_frames:
+                break
+    duration = (frame.pts + frame.duration) * frame.time_base
+    if frame_rate is not None:
+        num_shown = int(duration * Fraction(frame_rate))
+    return VideoSize(*frame.image.size, _clip_length(num_shown, num_frames))
+
+
+@dataclass(frozen=True, slots=True)
+class _GifFrame:
+    """A frame of a GIF, with what is used of PyAV's; times in milliseconds."""
+
+    image: Image.Image
+    pts: int
+    duration: int
+    time_base: Fraction = Fraction(1, 1000)
+    rotation: int = 0
+    is_corrupt: bool = False
+
+    def to_ndarray(self, format: str) -> NDArray[np.uint8]:  # noqa: ARG002 - PyAV's name
+        """Return the pixels as RGB."""
+        return np.asarray(self.image.convert("RGB"))
+
+
+def _gif_frames(path: Path) -> Generator[_GifFrame]:
+    """Decode a GIF with PIL: FFmpeg 8 takes some, such as noise, for one frame."""
+    time_ms = 0
+    with decoding_errors(path), Image.open(path) as image:
+        for frame in ImageSequence.Iterator(image):
+            duration_ms = int(frame.info.get("duration") or 100)  # without one players take a tenth of a second
+            yield _GifFrame(frame.convert("RGB"), time_ms, duration_ms)
+            time_ms += duration_ms
 
 
 def _check_end(path: Path, container: Any, num_declared: int, num_packets: int, end: Fraction) -> None:
@@ -199,8 +245,7 @@ def load_video(
     """
     clip = np.empty((num_frames, height, width, 3), np.uint8)
     num_done = 0
-    with _opened(path) as (container, stream):
-        frames = container.decode(stream)
+    with _frames(path) as frames:
         if frame_rate is not None:
             frames = _at_rate(path, frames, Fraction(frame_rate))
         for frame in itertools.islice(frames, num_frames):
@@ -237,6 +282,16 @@ def _at_rate(path: Path, frames: Iterable[Any], frame_rate: Fraction) -> Iterato
         last = (index, time, frame)
     while last:
         yield last[2]
+
+
+@contextmanager
+def _frames(path: Path) -> Iterator[Iterable[Any]]:
+    if _image_format(path) == "GIF":
+        with closing(_gif_frames(path)) as frames:
+            yield frames
+    else:
+        with _opened(path) as (container, stream):
+            yield container.decode(stream)
 
 
 @contextmanager

@@ -53,7 +53,8 @@ def import_diffsynth(source: Path, cache_dir: Root, family_name: str) -> StageRe
         raise DataError(f"{source}: holds no .pth file; name the output_path of the reference's sft:data_process")
     family = load_family(family_name)
     cache = Cache.open_or_new(cache_dir)
-    recipes = {unit.name: unit_recipe(unit, "imported from DiffSynth-Studio", "bfloat16") for unit in family.units}
+    units = [unit for unit in family.units if unit.enabled_by is None]
+    recipes = {unit.name: unit_recipe(unit, "imported from DiffSynth-Studio", "bfloat16") for unit in units}
     recipe_ids = {name: json_digest(recipe) for name, recipe in recipes.items()}
     committed = cache.committed_keys()
     samples: list[SealedSample] = []
@@ -63,7 +64,7 @@ def import_diffsynth(source: Path, cache_dir: Root, family_name: str) -> StageRe
             label = path.relative_to(source).as_posix()
             shared, fields = _read_record(path, family)
             keys: dict[str, str] = {}
-            for unit in family.units:
+            for unit in units:
                 arrays = storage_arrays({spec.name: fields[spec.name] for spec in unit.outputs})
                 contents = [bytes_digest(array.tobytes()) for array in arrays.values()]
                 keys[unit.name] = record_key(recipe_ids[unit.name], contents)
@@ -73,7 +74,7 @@ def import_diffsynth(source: Path, cache_dir: Root, family_name: str) -> StageRe
             samples.append(
                 SealedSample(
                     sample_id=json_digest([content, occurrences[content]]),
-                    bucket=f"{shared['height']}x{shared['width']}",
+                    bucket="x".join(str(shared[name]) for name in ("height", "width", "num_frames") if name in shared),
                     source=label,
                     keys=keys,
                 )

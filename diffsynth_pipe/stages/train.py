@@ -157,6 +157,7 @@ def _train(
             run_dir.mkdir(parents=True, exist_ok=True)
             held.enter_context(only_training(run_dir))
             config.save(run_dir / "config.yaml")
+            _warn_of_other_expert(family, config, files["dit"])
         resume = _resume_point(run_dir, plan.key)
         engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
         model, outputs = _load_models(config, family, split, files, accelerator, lineage, train_source)
@@ -173,6 +174,7 @@ def _train(
             "files": list(result.files),
             "lora_path": next((file for file in result.files if file.endswith("_lora.safetensors")), None),
             **_base_model(files["dit"]),
+            "load_argument": ", load_into_transformer_2=True" if files["dit"].folder.name == "transformer_2" else "",
             "initial_weights": config.resume_from_checkpoint and str(Path(config.resume_from_checkpoint).resolve()),
             "engine": loop.engine_description,
             "world_size": accelerator.num_processes,
@@ -229,6 +231,27 @@ def _load_models(
         for component in components.values():
             enable(module_of(component), recompute)
     return LossModule(family, load_task(config.task_name), components, levels, split), outputs
+
+
+def _warn_of_other_expert(family: ModelFamily, config: RunConfig, files: ComponentFiles) -> None:
+    """Warn if one of two denoisers is trained at noise levels at which inference takes the other.
+
+    diffusers takes ``transformer`` from the repository's ``boundary_ratio`` of the noise upwards.
+    """
+    from diffsynth_pipe.training.flow_match import SigmaDistribution
+
+    index = files.folder.parent / "model_index.json"
+    ratio = json.loads(index.read_text(encoding="utf-8")).get("boundary_ratio") if index.is_file() else None
+    if ratio is None:
+        return
+    low, high = SigmaDistribution(family.schedule, config).bounds
+    is_low_expert = files.folder.name in family.components["dit"].other_subfolders
+    if high >= ratio if is_low_expert else low < ratio:
+        flag = "min_timestep_boundary" if is_low_expert else "max_timestep_boundary"
+        logger.warning(
+            "%s is trained at sigma %.3g to %.3g, but takes %s than %g in inference (boundary_ratio); set %s",
+            *(files.folder.name, low, high, "less" if is_low_expert else "no less", ratio, flag),
+        )
 
 
 def _make_loop(

@@ -107,6 +107,13 @@ class SigmaDistribution:
                 f" {config.min_sigma:g} to {config.max_sigma:g}; widen the range"
             )
 
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest sigma that can be drawn."""
+        if self._config.timestep_sampling != "grid":
+            return self._config.min_sigma, self._config.max_sigma
+        return float(self._levels.min()), float(self._levels.max())
+
     def draw(self, u: Tensor, num_tokens: int) -> NoiseLevel:
         """Map uniform numbers to noise levels; see ``NoiseLevels``."""
         if self._config.timestep_sampling != "grid":

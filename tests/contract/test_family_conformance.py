@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from family_samples import PROMPTS, media_columns, sample_values
+from family_samples import PROMPTS, media_columns, sample_values, units_of
 from safetensors.torch import save_file
 
 from diffsynth_pipe.contracts import Batch, ComponentFiles, load_family, plugin_names
@@ -23,7 +23,7 @@ from diffsynth_pipe.training.lora_file import export_lora
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from diffsynth_pipe.contracts import ModelFamily
+    from diffsynth_pipe.contracts import ComponentSpec, ModelFamily
 
 CPU = torch.device("cpu")
 
@@ -57,14 +57,20 @@ def component_files(family: ModelFamily, repo: Path, name: str) -> ComponentFile
     )
 
 
+def components_of(family: ModelFamily) -> dict[str, ComponentSpec]:
+    """Return the components that a tiny repository holds: the denoiser, and those of units that nobody names."""
+    names = {"dit", *(unit.component for unit in units_of(family.units) if unit.component)}
+    return {name: spec for name, spec in family.components.items() if name in names}
+
+
 def ragged_fields(family: ModelFamily) -> set[str]:
-    return {spec.name for unit in family.units for spec in unit.outputs if spec.ragged}
+    return {spec.name for unit in units_of(family.units) for spec in unit.outputs if spec.ragged}
 
 
 def encode(family: ModelFamily, components, seed: int) -> dict[str, torch.Tensor]:
-    values = sample_values(family.units, PROMPTS[seed], seed)
+    values = sample_values(units_of(family.units), PROMPTS[seed], seed, family.size_multiple)
     fields = {}
-    for unit in family.units:
+    for unit in units_of(family.units):
         fields |= unit.encode(components, {name: values[name] for name in unit.inputs})
         values |= fields
     return fields
@@ -95,7 +101,7 @@ def tiny(request, tmp_path_factory) -> Tiny:
     family.write_tiny(repo)
     components = {
         name: spec.load(component_files(family, repo, name), torch.float32, CPU)
-        for name, spec in family.components.items()
+        for name, spec in components_of(family).items()
     }
     records = [encode(family, components, seed) for seed in range(len(PROMPTS))]
     return Tiny(family, repo, components, records)
@@ -117,7 +123,7 @@ def predict(tiny: Tiny, batch: Batch, noisy: torch.Tensor, sigma: torch.Tensor) 
 
 def test_tiny_repository_has_the_declared_layout(tiny):
     assert json.loads((tiny.repo / "model_index.json").read_text())["_class_name"] in tiny.family.pipelines
-    for name, spec in tiny.family.components.items():
+    for name, spec in components_of(tiny.family).items():
         files = component_files(tiny.family, tiny.repo, name)
         config = json.loads((files.folder / "config.json").read_text())
         assert spec.class_name in (config.get("_class_name"), *config.get("architectures", []))
@@ -150,19 +156,21 @@ def test_write_tiny_touches_nothing_that_exists(tiny, tmp_path):
 
 
 def test_components_load_frozen_in_eval_mode_and_in_the_asked_dtype(tiny):
-    for name, spec in tiny.family.components.items():
+    for name, spec in components_of(tiny.family).items():
         component = spec.load(component_files(tiny.family, tiny.repo, name), torch.bfloat16, CPU)
         modules = modules_of(component)
         assert modules, name
         for module in modules:
             assert not any(part.training for part in module.modules())
-            assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+            kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())  # as their authors want it
+            for path, parameter in module.named_parameters():
+                assert parameter.dtype == torch.bfloat16 or any(part in path for part in kept), path
             assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_encoders_in_fp8_encode_as_weights_that_were_rounded(tiny):
     held, rounded = {}, {}
-    for name in {unit.component for unit in tiny.family.units if unit.component}:
+    for name in {unit.component for unit in units_of(tiny.family.units) if unit.component}:
         files, spec = component_files(tiny.family, tiny.repo, name), tiny.family.components[name]
         held[name] = spec.load(dataclasses.replace(files, fp8=True), torch.float32, CPU)
         rounded[name] = spec.load(files, torch.float32, CPU)
@@ -184,8 +192,8 @@ def test_encoders_in_fp8_encode_as_weights_that_were_rounded(tiny):
 
 
 def test_units_form_a_graph_over_the_metadata_columns(tiny):
-    known = {"prompt", *media_columns(tiny.family.units)}
-    for unit in tiny.family.units:
+    known = {"prompt", *media_columns(units_of(tiny.family.units))}
+    for unit in units_of(tiny.family.units):
         assert set(unit.inputs) <= known
         assert unit.component is None or unit.component in tiny.family.components
         assert json.loads(json.dumps(unit.recipe)) == unit.recipe
@@ -197,7 +205,7 @@ def test_units_form_a_graph_over_the_metadata_columns(tiny):
 
 def test_units_yield_the_declared_fields(tiny):
     for record in tiny.records:
-        specs = [spec for unit in tiny.family.units for spec in unit.outputs]
+        specs = [spec for unit in units_of(tiny.family.units) for spec in unit.outputs]
         assert set(record) == {spec.name for spec in specs}
         for spec in specs:
             value = record[spec.name]
@@ -210,8 +218,8 @@ def test_units_yield_the_declared_fields(tiny):
 
 def test_units_have_nothing_to_note_on_ordinary_samples(tiny):
     fields = tiny.records[1]
-    values = {**sample_values(tiny.family.units, PROMPTS[1], 1), **fields}
-    for unit in tiny.family.units:
+    values = {**sample_values(units_of(tiny.family.units), PROMPTS[1], 1, tiny.family.size_multiple), **fields}
+    for unit in units_of(tiny.family.units):
         if unit.note is not None:
             assert unit.note(tiny.components, {name: values[name] for name in unit.inputs}) is None
 
@@ -356,7 +364,7 @@ def test_fields_of_this_denoiser_are_accepted(tiny):
 def test_fields_of_another_model_are_refused_in_one_line(tiny):
     channel_axes = {
         spec.name: spec.dims[spec.ragged :].index("channel")
-        for unit in tiny.family.units
+        for unit in units_of(tiny.family.units)
         for spec in unit.outputs
         if "channel" in spec.dims
     }

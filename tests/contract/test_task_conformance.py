@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from family_samples import CELLS, media_columns, sample_values, write_media
+from family_samples import CELLS, media_columns, sample_values, units_of, write_media
 
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import Batch, ComponentFiles, load_family, load_task, plugin_names
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def units(self) -> tuple[EncodeUnit, ...]:
-        return self.task.units(self.family)
+        return units_of(self.task.units(self.family))
 
     @property
     def fields(self) -> set[str]:
@@ -89,7 +89,7 @@ def case(request, repo) -> Case:
     components = {unit.component: empty.load(unit.component) for unit in empty.units if unit.component}
     records = []
     for number, prompt in enumerate(PROMPTS):
-        values = sample_values(empty.units, prompt, number)
+        values = sample_values(empty.units, prompt, number, family.size_multiple)
         record = {}
         with torch.no_grad():
             for unit in empty.units:
@@ -102,7 +102,8 @@ def case(request, repo) -> Case:
 def test_units_begin_with_the_familys_and_all_their_fields_cross_the_cut(case):
     names = [unit.name for unit in case.units]
     assert len(set(names)) == len(names)
-    assert names[: len(case.family.units)] == [unit.name for unit in case.family.units]
+    family_names = [unit.name for unit in units_of(case.family.units)]
+    assert names[: len(family_names)] == family_names
     for unit in case.units:
         assert set(unit.bucket_by) <= set(unit.parse) <= set(unit.inputs)
         assert set(unit.parse) <= CELLS.keys()

@@ -104,6 +104,7 @@ def test_a_gif_is_a_video_and_an_image_one_frame(tmp_path):
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     frames[3].save(tmp_path / "a.png")
     assert frames_of(tmp_path / "a.gif") == [0, 1, 2, 3, 4]
+    assert frames_of(tmp_path / "a.gif", 5, 20.0) == [0, 0, 1, 2, 2]  # 10 a second; halves to the even one
     gif, png = listed(tmp_path, ["a.gif", "a.png"])
     assert (gif.bucket, png.bucket) == ("48x64x5", "48x64x1")
     still = png.inputs["video"].load()
@@ -157,6 +158,12 @@ def cut(path, share, *, index_first=True):
     path.write_bytes(data[: int(len(data) * share)])
 
 
+def cut_gif(path):
+    frames = [Image.effect_noise((64, 48), number) for number in range(7)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
 BROKEN = {
     "audio.mp4": (audio, "has no video stream"),
     "empty.mp4": (without_frames, "has no video stream"),
@@ -164,6 +171,7 @@ BROKEN = {
     "index_lost.mp4": (lambda path: cut(path, 0.6, index_first=False), "has no video stream"),
     "cut.mp4": (lambda path: cut(path, 0.95), r"is not a whole video that can be decoded \(frame \d+ is cut off\)"),
     "cut.mkv": (lambda path: cut(path, 0.6), "holds no frame|tells of 2.5 s, but"),
+    "cut.gif": (lambda path: cut_gif(path), "is not an image that can be decoded"),
     "nothing.mp4": (lambda path: path.touch(), "is not a whole video"),
     "text.webm": (lambda path: path.write_text("hello"), "is not a whole video"),
     "missing.mp4": (lambda _: None, "cannot be read"),
