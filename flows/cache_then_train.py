@@ -7,14 +7,18 @@
 import logging
 import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any, get_args
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from diffsynth_pipe.config import RunConfig, Stage, load_config
 from diffsynth_pipe.errors import USER_ERRORS, ConfigError
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
 from diffsynth_pipe.launch import plan_stages
+from diffsynth_pipe.stages.explain import changes_since
 from diffsynth_pipe.stages.plan import StageResult
 from flows import tasks
 from flows.report import LOG, Reporter, closing_lines
@@ -22,7 +26,18 @@ from flows.report import LOG, Reporter, closing_lines
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
-@flow(name="cache-then-train", validate_parameters=True, persist_result=False)
+def run_name() -> str:
+    """Return what the present run trains: ``qwen_image sft, LoRA rank 8 of dit, photos``."""
+    parameters = flow_run.get_parameters()
+    config = parameters["config"]
+    values = config.model_dump() if isinstance(config, RunConfig) else config
+    config = load_config(None, {**values, **(parameters.get("overrides") or {})})
+    lora = [f"LoRA rank {config.lora_rank} of {config.lora_base_model}"] if config.lora_base_model else []
+    full = [f"all of {config.trainable_models}"] if config.trainable_models else []
+    return ", ".join([f"{config.family} {config.task_name}", *lora, *full, Path(config.dataset_base_path).name])
+
+
+@flow(name="cache-then-train", flow_run_name=run_name, validate_parameters=True, persist_result=False)
 def cache_then_train(
     config: RunConfig,
     overrides: dict[str, Any] | None = None,
@@ -40,18 +55,24 @@ def cache_then_train(
     if overrides:
         config = load_config(None, {**config.model_dump(mode="json"), **overrides})
     results: list[StageResult] = []
+    elapsed_s: list[float] = []
     with Reporter() as reporter:
-        reporter.plan(plan_stages(config, stages))
+        plans = plan_stages(config, stages)
+        reporter.plan(plans, changes_since(config, plans))
         # Called, never submitted: a signal that stops the run is raised in the main thread only.
         upstream = []
         if "data_process" in stages:
+            began = time.monotonic()
             state = tasks.data_process(config, "data_process" in force, return_state=True)
             results.append(state.result())
+            elapsed_s.append(time.monotonic() - began)
             upstream.append(state)
         if "train" in stages:
+            began = time.monotonic()
             state = tasks.train(config, "train" in force, return_state=True, wait_for=upstream)
             results.append(state.result())
-        reporter.summary(results)
+            elapsed_s.append(time.monotonic() - began)
+        reporter.report(results, elapsed_s)
     return results
 
 
