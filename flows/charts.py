@@ -48,32 +48,38 @@ def loss_chart(metrics: Iterable[Mapping[str, Any]]) -> str | None:
         if "validation_loss" in entry:
             validation.append((entry["step"], entry["validation_loss"]))
             base = entry.get("validation_base_loss", base)
-    raw = _thinned(train)
+    raw, validation = _thinned(train), _thinned(validation)
     if not raw and not validation:
         return None
-    last = max(step for step, _ in [*train, *validation])
+    last = max(step for step, _ in [*raw, *validation])
     plot = _Plot("step", (0, max(last, 1)), [value for _, value in [*raw, *validation]])
-    plot.line(raw, _RAW, 1)
-    plot.line(_smoothed(raw), _SMOOTH, 2, "training loss, smoothed")
+    if raw:
+        plot.line(raw, _RAW, 1)
+        plot.line(_smoothed(raw), _SMOOTH, 2, "training loss, smoothed")
     if base is not None:
         plot.line([(0, base), (last, base)], _BASE, 1, "base model", dashes="5 4")
-    plot.line(validation, _VALIDATION, 1.5, "validation loss, fixed noise" if validation else "")
-    for point in _thinned(validation):
+    if validation:
+        plot.line(validation, _VALIDATION, 1.5, "validation loss, fixed noise")
+    for point in validation:
         plot.dot(point, _VALIDATION)
     return plot.markdown("Loss over steps")
 
 
-def decile_chart(metrics: Sequence[Mapping[str, Any]]) -> str | None:
-    """Draw the newest training loss per tenth of the noise levels, the noisiest first; None if there is none."""
-    entry = next((entry for entry in reversed(metrics) if "loss_by_noise_decile" in entry), None)
-    if entry is None or not any(entry["loss_by_noise_decile"]):
+def decile_chart(metrics: Iterable[Mapping[str, Any]]) -> str | None:
+    """Draw the newest training loss of each tenth of the noise levels, the noisiest first; None if there is none."""
+    losses: dict[int, float] = {}
+    num_deciles = 0
+    for entry in metrics:
+        for number, loss in enumerate(entry.get("loss_by_noise_decile", ()), 1):
+            num_deciles = max(num_deciles, number)
+            if loss is not None:
+                losses[number] = loss
+    if not losses:
         return None
-    losses = entry["loss_by_noise_decile"]
     label = "tenth of the noise levels, 1 is the noisiest"
-    plot = _Plot(label, (0.4, len(losses) + 0.6), [0, *(loss for loss in losses if loss is not None)])
-    for number, loss in enumerate(losses, 1):
-        if loss is not None:
-            plot.bar(number, loss, _SMOOTH)
+    plot = _Plot(label, (0.4, num_deciles + 0.6), [0, *losses.values()])
+    for number, loss in losses.items():
+        plot.bar(number, loss, _SMOOTH)
     plot.legend("training loss by noise level", _SMOOTH)
     return plot.markdown("Training loss by noise level")
 

@@ -81,10 +81,12 @@ class Reporter:
 
     def plan(self, plans: Iterable[StagePlan], changes: Mapping[str, Sequence[str]]) -> None:
         """Publish what each stage will do, and why; ``changes`` has lines on what is not as before, by stage."""
-        rows = [(plan.stage, plan.verdict, plan.why, _code(plan.key[:_KEY_LENGTH]), _code(plan.path)) for plan in plans]
-        lines = _table(("stage", "verdict", "why", "key", "path"), rows)
-        for stage, texts in changes.items():
-            lines += ["", f"**{stage}**, not as before:", "", *(f"- {text}" for text in texts)]
+        plans = list(plans)
+        lines = _table(("stage", "verdict", "why"), [(plan.stage, plan.verdict, plan.why) for plan in plans])
+        for plan in plans:
+            lines += ["", f"**{plan.stage}** {_code(plan.key[:_KEY_LENGTH])} in {_code(plan.path)}"]
+            if texts := changes.get(plan.stage):
+                lines += ["", "Not as before:", "", *(f"- {text}" for text in texts)]
         self._put("plan", partial(create_markdown_artifact, markdown="\n".join(lines), key="plan"))
 
     def report(self, results: Sequence[StageResult], elapsed_s: Sequence[float]) -> None:
@@ -144,14 +146,10 @@ def _report(results: Sequence[StageResult], elapsed_s: Sequence[float]) -> str:
             metrics = read_metrics(result.path)
             charts = [chart for chart in (loss_chart(metrics), decile_chart(metrics)) if chart]
             lines += ["", *"\n\n".join(charts).splitlines(), "", "## Weights", ""]
-            digests = result.summary["digests"]
-            lines += _table(
-                ("file", "digest"),
-                [
-                    (_code((result.path / file).resolve()), _code(digest[:_KEY_LENGTH]))
-                    for file, digest in digests.items()
-                ],
-            )
+            lines += [
+                f"- {_code((result.path / file).resolve())}, digest {_code(digest[:_KEY_LENGTH])}"
+                for file, digest in result.summary["digests"].items()
+            ]
             if load := _load_lines(result):
                 lines += ["", "```python", *load, "```"]
     return "\n".join(lines)

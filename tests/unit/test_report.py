@@ -40,16 +40,18 @@ def test_a_bar_becomes_progress_with_rate_and_time_left(sent):
 
 
 def test_the_plan_says_why_and_shortens_keys(sent):
-    plan = StagePlan(stage="train", verdict="resume", key="a" * 64, path=Path("a|b"), why="stopped after step 7")
+    plan = StagePlan(stage="train", verdict="resume", key="a" * 64, path=Path("x"), why="stopped after step 7, a|b")
     with report.Reporter() as reporter:
         reporter.plan([plan], {"train": ["lora_rank was 8, is 2"]})
     ((_, values),) = sent
     assert values["markdown"].splitlines() == [
-        "| stage | verdict | why | key | path |",
-        "| --- | --- | --- | --- | --- |",
-        "| train | resume | stopped after step 7 | `aaaaaaaaaaaa` | `a\\|b` |",
+        "| stage | verdict | why |",
+        "| --- | --- | --- |",
+        "| train | resume | stopped after step 7, a\\|b |",
         "",
-        "**train**, not as before:",
+        "**train** `aaaaaaaaaaaa` in `x`",
+        "",
+        "Not as before:",
         "",
         "- lora_rank was 8, is 2",
     ]
