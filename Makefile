@@ -11,7 +11,7 @@ DEMO := build/demo
 DEMO_MODELS := $(DEMO)/models
 FAMILY ?= qwen_image
 
-.PHONY: help demo deploy test lint check bench torture format clean-demo
+.PHONY: help demo deploy test lint check bench torture screenshots format clean-demo
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -61,6 +61,9 @@ bench: $(INSTALLED)  ## Measure the cache reader, on disk and S3, the sampler an
 torture: $(INSTALLED)  ## Kill and damage caches, and kill a training, for minutes
 	$(BIN)/python tests/integration/torture_cache.py
 	$(BIN)/python tests/integration/torture_training.py
+
+screenshots: $(INSTALLED)  ## Take the pictures of docs/images anew; needs /usr/bin/chromium
+	SCREENSHOTS=$(CURDIR)/docs/images $(BIN)/python -m pytest -q --basetemp=/tmp/demo tests/prefect/test_ui.py
 
 clean-demo:  ## Remove what the demo wrote
 	rm -rf $(DEMO)

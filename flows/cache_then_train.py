@@ -7,6 +7,7 @@
 import logging
 import signal
 import sys
+import time
 from typing import Annotated, Any, get_args
 
 from prefect import flow
@@ -19,6 +20,7 @@ from diffsynth_pipe.errors import USER_ERRORS
 from diffsynth_pipe.fingerprint import run_name
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
 from diffsynth_pipe.launch import plan_stages
+from diffsynth_pipe.stages.explain import changes_since
 from diffsynth_pipe.stages.plan import StageResult
 from flows import tasks
 from flows.report import LOG, Reporter, closing_lines
@@ -47,18 +49,24 @@ def cache_then_train(
     with get_client(sync_client=True) as client:
         client.set_flow_run_name(flow_run.id, run_name(config, stages))
     results: list[StageResult] = []
+    elapsed_s: list[float] = []
     with Reporter() as reporter:
-        reporter.plan(plan_stages(config, stages))
+        plans = plan_stages(config, stages)
+        reporter.plan(plans, changes_since(config, plans))
         # Called, never submitted: a signal that stops the run is raised in the main thread only.
         upstream = []
         if "data_process" in stages:
+            began = time.monotonic()
             state = tasks.data_process(config, "data_process" in force, return_state=True)
             results.append(state.result())
+            elapsed_s.append(time.monotonic() - began)
             upstream.append(state)
         if "train" in stages:
+            began = time.monotonic()
             state = tasks.train(config, "train" in force, return_state=True, wait_for=upstream)
             results.append(state.result())
-        reporter.summary(results)
+            elapsed_s.append(time.monotonic() - began)
+        reporter.report(results, elapsed_s)
     return results
 
 

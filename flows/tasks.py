@@ -6,6 +6,7 @@ Prefect's own caching stays off: it reports a hit when the data is gone. The dis
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
@@ -18,8 +19,6 @@ from diffsynth_pipe.errors import LaunchError, PipeError, RunDirBusy
 from flows.report import Reporter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from prefect.client.schemas.objects import State, TaskRun
 
     from diffsynth_pipe.config import RunConfig
@@ -46,16 +45,27 @@ _OPTIONS: dict[str, Any] = {
 @task(name="data_process", task_run_name="data_process", **_OPTIONS)
 def data_process(config: RunConfig, force: bool) -> Any:
     """Bring the cache up to date; the State that this returns becomes the task's own, with a StageResult."""
-    return _run("data-process-progress", launch.launch_data_process, config, force)
+    with Reporter() as reporter:
+        on_line = partial(reporter.line, "data-process-progress")
+        return _state(launch.launch_data_process(config, force, on_line))
 
 
 @task(name="train", task_run_name="train", **_OPTIONS)
 def train(config: RunConfig, force: bool) -> Any:
     """Train from the cache; the State that this returns becomes the task's own, with a StageResult."""
-    return _run("train-progress", launch.launch_train, config, force)
-
-
-def _run(key: str, launch_stage: Callable[..., StageResult], config: RunConfig, force: bool) -> State[StageResult]:
+    (plan,) = launch.plan_stages(config, ["train"])
+    assert isinstance(plan.path, Path)
+    run_dir = plan.path
     with Reporter() as reporter:
-        result = launch_stage(config, force, on_line=partial(reporter.line, key))
+
+        def on_line(line: str) -> None:
+            reporter.line("train-progress", line)
+            reporter.loss(run_dir)
+
+        result = launch.launch_train(config, force, on_line)
+        reporter.loss(run_dir, now=True)
+    return _state(result)
+
+
+def _state(result: StageResult) -> State[StageResult]:
     return Completed(name=result.state, message=f"{result.stage} {result.key[:12]}", data=result)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cache_store.contract import CacheError
 from cache_store.store import RESERVED_BUCKET
+from diffsynth_pipe.config import load_config
+from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.fingerprint import json_digest
 from diffsynth_pipe.stages.plan import latest_snapshot, plan_encoding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from cache_store.object_path import Root
     from diffsynth_pipe.config import RunConfig
+    from diffsynth_pipe.stages.plan import StagePlan
+
+NUM_LINES = 5
+"""Changed samples that a plan names."""
 
 
 def explain_changes(root: Root, config: RunConfig) -> Iterator[str]:
@@ -62,6 +71,32 @@ def explain_changes(root: Root, config: RunConfig) -> Iterator[str]:
     num_gone = len(by_id.keys() - matched)
     num_changed = len(rows) - num_same - num_new
     yield f"samples: {num_same} as sealed, {num_changed} changed, {num_new} new, {num_gone} gone"
+
+
+def changes_since(config: RunConfig, plans: Iterable[StagePlan]) -> dict[str, list[str]]:
+    """Say, for stages that are not done, what is not as in the newest snapshot and in the newest other training."""
+    changes: dict[str, list[str]] = {}
+    for plan in plans:
+        if plan.verdict == "hit":
+            continue
+        with contextlib.suppress(CacheError, ConfigError):  # nothing sealed, or by a version with other parameters
+            if plan.stage == "train":
+                assert isinstance(plan.path, Path)
+                changes[plan.stage] = _changed_parameters(config, plan.path)
+            else:
+                *lines, samples = explain_changes(plan.path, config)
+                changes[plan.stage] = [*lines[:NUM_LINES], samples]
+    return {stage: lines for stage, lines in changes.items() if lines}
+
+
+def _changed_parameters(config: RunConfig, run_dir: Path) -> list[str]:
+    """Compare with the newest other training in the same folder."""
+    others = [path for path in run_dir.parent.glob("train-*/config.yaml") if path.parent != run_dir]
+    if not others:
+        return []
+    newest = max(others, key=lambda path: path.stat().st_mtime)
+    before, now = load_config(newest, {}).keyed("weights"), config.keyed("weights")
+    return [f"{newest.parent.name}: {_difference(before, now) or 'the same parameters, but other samples or models'}"]
 
 
 def _difference(sealed: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ class Stack:
             "PREFECT_HOME": str(folder / "home"),
             "PREFECT_API_URL": url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PYTHONUNBUFFERED": "1",
         }

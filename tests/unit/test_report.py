@@ -19,7 +19,7 @@ def sent(monkeypatch):
     def record(name):
         return lambda **values: calls.append((name, values)) or "id"
 
-    for name in ("create_progress_artifact", "update_progress_artifact", "create_table_artifact"):
+    for name in ("create_progress_artifact", "update_progress_artifact", "create_markdown_artifact"):
         monkeypatch.setattr(report, name, record(name))
     return calls
 
@@ -33,19 +33,27 @@ def test_a_bar_becomes_progress_with_rate_and_time_left(sent):
             {
                 "key": "train-progress",
                 "progress": 25.0,
-                "description": "18/72 [00:06<00:18,  3.00step/s, loss=1.2]",
+                "description": "train: 18 of 72, 00:18 left, 3.00step/s, loss=1.2",
             },
         )
     ]
 
 
 def test_the_plan_says_why_and_shortens_keys(sent):
-    plan = StagePlan(stage="train", verdict="resume", key="a" * 64, path=Path("x"), why="stopped after step 7")
+    plan = StagePlan(stage="train", verdict="resume", key="a" * 64, path=Path("x"), why="stopped after step 7, a|b")
     with report.Reporter() as reporter:
-        reporter.plan([plan])
+        reporter.plan([plan], {"train": ["lora_rank was 8, is 2"]})
     ((_, values),) = sent
-    assert values["table"] == [
-        {"stage": "train", "verdict": "resume", "why": "stopped after step 7", "key": "a" * 12, "path": "x"}
+    assert values["markdown"].splitlines() == [
+        "| stage | verdict | why |",
+        "| --- | --- | --- |",
+        "| train | resume | stopped after step 7, a\\|b |",
+        "",
+        "**train** `aaaaaaaaaaaa` in `x`",
+        "",
+        "Not as before:",
+        "",
+        "- lora_rank was 8, is 2",
     ]
 
 
@@ -62,7 +70,7 @@ def test_a_server_that_hangs_or_fails_neither_holds_up_nor_fails_a_stage(monkeyp
     monkeypatch.setattr(report, "_CLOSE_S", 0.1)
     with report.Reporter() as reporter:
         for percent in range(100):
-            reporter.line("train-progress", f"train: {percent}%| | {percent}/100 [00:01<00:01]")
+            reporter.line("train-progress", f"train: {percent}%| | {percent}/100 [00:01<00:01, 9.00step/s]")
         assert entered.wait(DEADLINE_S)
     assert not ended.is_set()
     hangs.set()
