@@ -13,16 +13,17 @@ from typing import Annotated, Any, get_args
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
-from pydantic import WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from diffsynth_pipe.config import RunConfig, Stage, load_config, overrides_schema
-from diffsynth_pipe.errors import USER_ERRORS
+from diffsynth_pipe.errors import USER_ERRORS, ConfigError
 from diffsynth_pipe.fingerprint import run_name
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
 from diffsynth_pipe.launch import plan_stages
 from diffsynth_pipe.stages.explain import changes_since
 from diffsynth_pipe.stages.plan import StageResult
 from flows import tasks
+from flows.encode_share import encode_on_workers
 from flows.report import LOG, Reporter, closing_lines
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -34,6 +35,7 @@ def cache_then_train(
     overrides: Annotated[dict[str, Any], WithJsonSchema(overrides_schema())] | None = None,
     stages: tuple[Stage, ...] = (),
     force: tuple[Stage, ...] = (),
+    encode_workers: Annotated[int, Field(ge=1, le=200)] = 1,  # the server lists no more runs at once
 ) -> list[StageResult]:
     """Encode the data set once, then train a LoRA from the cache.
 
@@ -42,10 +44,19 @@ def cache_then_train(
         overrides: Parameters laid over ``config``: ``{"lora_rank": 8}``.
         stages: The stages to run; none given: those of ``config.task``. What is done already is not done again.
         force: Stages to run even if nothing is left to do.
+        encode_workers: Shares that the encoding is cut into: this worker encodes one, others that are free the rest.
+
+    Raises:
+        ConfigError: ``encode_workers`` goes with neither ``force`` nor ``data_process_num_processes``.
     """
     if overrides:
         config = load_config(None, {**config.model_dump(mode="json"), **overrides})
     stages = stages or ((config.stage,) if config.stage else STAGES)
+    if encode_workers > 1 and ("data_process" in force or config.data_process_num_processes > 1):
+        raise ConfigError(
+            "encode_workers: leave it out to force data_process; in place of data_process_num_processes start a worker per"
+            " GPU"
+        )
     with get_client(sync_client=True) as client:
         client.set_flow_run_name(flow_run.id, run_name(config, stages))
     results: list[StageResult] = []
@@ -57,6 +68,8 @@ def cache_then_train(
         upstream = []
         if "data_process" in stages:
             began = time.monotonic()
+            if encode_workers > 1 and plans[0].verdict != "hit":
+                encode_on_workers(config, encode_workers)
             state = tasks.data_process(config, "data_process" in force, return_state=True)
             results.append(state.result())
             elapsed_s.append(time.monotonic() - began)
