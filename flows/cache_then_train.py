@@ -18,7 +18,7 @@ from diffsynth_pipe.config import RunConfig, Stage, load_config, overrides_schem
 from diffsynth_pipe.errors import USER_ERRORS
 from diffsynth_pipe.fingerprint import run_name
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
-from diffsynth_pipe.launch import plan_stages
+from diffsynth_pipe.launch import plan_stages, stage_config
 from diffsynth_pipe.stages.plan import StageResult
 from flows import tasks
 from flows.report import LOG, Reporter, closing_lines
@@ -44,6 +44,7 @@ def cache_then_train(
     if overrides:
         config = load_config(None, {**config.model_dump(mode="json"), **overrides})
     stages = stages or ((config.stage,) if config.stage else STAGES)
+    config = stage_config(config, *stages)
     with get_client(sync_client=True) as client:
         client.set_flow_run_name(flow_run.id, run_name(config, stages))
     results: list[StageResult] = []
