@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from cache_store.backends import backend_names
 from cache_store.contract import CacheCorrupt
 from cache_store.object_path import root_of
-from diffsynth_pipe.config import RunConfig, Stage
+from diffsynth_pipe.config import RunConfig, Stage, load_config
 from diffsynth_pipe.errors import USER_ERRORS, ConfigError, ModelFileMissing
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
 
@@ -162,6 +162,16 @@ def _resume(args: argparse.Namespace) -> None:
     if saved is None:
         message = f"{args.folder} holds no run: name the train-<key> folder of a training, or a cache"
         raise ConfigError(message)
+    config = load_config(saved, {})
+    from diffsynth_pipe.launch import data_process_log_dir
+    from diffsynth_pipe.stages.plan import plan_train
+
+    place = plan_train(config).path if config.stage == "train" else data_process_log_dir(config)
+    if place.resolve() != saved.parent:
+        raise ConfigError(
+            f"{args.folder}: its samples, its models or the folder's own place have changed, so the run would start in "
+            f"{place}; if that is wanted: `diffsynth-pipe run {saved}`"
+        )
     args.config = str(saved)
     _run(args)
 

@@ -55,10 +55,10 @@ def print_line(line: str) -> None:
     sys.stderr.flush()
 
 
-def stage_config(config: RunConfig, stage: Stage) -> RunConfig:
-    """Return the config of one stage of a run; both stages of it use the same cache."""
-    task = config.task.partition(":")[0]
-    return config.model_copy(update={"task": f"{task}:{stage}", "cache_path": str(config.cache_dir)})
+def stage_config(config: RunConfig, *stages: Stage) -> RunConfig:
+    """Return the config of one stage of a run, or of both; they use the same cache."""
+    task = config.task_name if len(stages) > 1 else f"{config.task_name}:{stages[0]}"
+    return config.model_copy(update={"task": task, "cache_path": str(config.cache_dir)})
 
 
 def plan_stages(config: RunConfig, stages: Iterable[Stage]) -> list[StagePlan]:
@@ -71,6 +71,12 @@ def plan_stages(config: RunConfig, stages: Iterable[Stage]) -> list[StagePlan]:
     if "train" in stages:
         plans.append(plan_train(stage_config(config, "train"), samples_digest))
     return plans
+
+
+def data_process_log_dir(config: RunConfig) -> Path:
+    """Return where the log and the config of stage 1 lie: beside the cache, which may hold nothing but itself."""
+    local = config.cache_dir if isinstance(config.cache_dir, Path) else Path(config.output_path) / "cache"
+    return local.with_name(f"{local.name}-logs")
 
 
 def launch_data_process(
@@ -87,8 +93,9 @@ def launch_data_process(
         PipeError: The stage refused the input; the message is its own.
         LaunchError: The process ended badly.
     """
-    config = stage_config(config, "data_process")
-    log_dir = _log_dir(config)
+    # Saved as asked for: ``resume`` goes on to train if both stages were wanted.
+    config = stage_config(config, "data_process", *(() if config.stage else ("train",)))
+    log_dir = data_process_log_dir(config)
     saved = log_dir / "data_process.yaml"
     command = [sys.executable, "-m"]
     if (num_processes := config.data_process_num_processes) > 1:
@@ -114,7 +121,9 @@ def launch_share(config: RunConfig, index: int, count: int, on_line: Callable[[s
         LaunchError: The process ended badly.
     """
     config = stage_config(config, "data_process")
-    log_dir = _log_dir(config) / f"share-{index}-of-{count}"  # its own, so that no share waits for the lock of another
+    log_dir = (
+        data_process_log_dir(config) / f"share-{index}-of-{count}"
+    )  # its own, so that no share waits for the lock of another
     saved = log_dir / "data_process.yaml"
 
     def prepare() -> bool:
@@ -129,12 +138,6 @@ def launch_share(config: RunConfig, index: int, count: int, on_line: Callable[[s
         env={"RANK": str(index), "WORLD_SIZE": str(count)},
         prepare=prepare,
     )
-
-
-def _log_dir(config: RunConfig) -> Path:
-    # Beside the cache, never in it: a folder that holds anything else is not taken for a new cache.
-    local = config.cache_dir if isinstance(config.cache_dir, Path) else Path(config.output_path) / "cache"
-    return local.with_name(f"{local.name}-logs")
 
 
 def launch_train(config: RunConfig, force: bool = False, on_line: Callable[[str], None] = print_line) -> StageResult:
@@ -180,7 +183,7 @@ def _launch(
         plan = plan_stage(config)  # another process may have done the work while this one waited
         if plan.verdict == "hit" and not force:
             return False
-        config.save(saved_config)
+        config.with_absolute_paths().save(saved_config)
         if force:
             move_aside(run_dir / "run.json")  # only a training run has one
         return True

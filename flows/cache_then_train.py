@@ -19,7 +19,7 @@ from diffsynth_pipe.config import RunConfig, Stage, load_config, overrides_schem
 from diffsynth_pipe.errors import USER_ERRORS, ConfigError
 from diffsynth_pipe.fingerprint import run_name
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
-from diffsynth_pipe.launch import plan_stages
+from diffsynth_pipe.launch import plan_stages, stage_config
 from diffsynth_pipe.stages.explain import changes_since
 from diffsynth_pipe.stages.plan import StageResult
 from flows import tasks
@@ -57,6 +57,7 @@ def cache_then_train(
             "encode_workers: leave it out to force data_process; in place of data_process_num_processes start a worker per"
             " GPU"
         )
+    config = stage_config(config, *stages)
     with get_client(sync_client=True) as client:
         client.set_flow_run_name(flow_run.id, run_name(config, stages))
     results: list[StageResult] = []

@@ -15,7 +15,7 @@ from prefect.states import Completed
 
 from cache_store.contract import CacheError
 from diffsynth_pipe import launch
-from diffsynth_pipe.errors import LaunchError, PipeError, RunDirBusy
+from diffsynth_pipe.errors import LaunchError, PipeError
 from flows.report import Reporter
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 def worth_retrying(task: Any, run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001 - Prefect's signature
     """Retry what may pass by itself: processes that died. A refused input will be refused again."""
     error = state.result(raise_on_failure=False)
-    if isinstance(error, LaunchError):
-        return not isinstance(error, RunDirBusy)
-    return not isinstance(error, (PipeError, CacheError, ValueError, TypeError))
+    return isinstance(error, LaunchError) or not isinstance(error, (PipeError, CacheError, ValueError, TypeError))
 
 
 _OPTIONS: dict[str, Any] = {

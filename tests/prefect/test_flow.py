@@ -7,7 +7,7 @@ from prefect.exceptions import ParameterTypeError
 
 from cache_store.contract import CacheNotFound
 from cache_store.store import Cache
-from diffsynth_pipe.errors import DataError, LaunchError, RunDirBusy
+from diffsynth_pipe.errors import DataError, LaunchError
 from flows.cache_then_train import cache_then_train
 from flows.tasks import worth_retrying
 
@@ -97,7 +97,6 @@ def test_parameters_are_validated_before_the_run(server, run_parameters):
     [
         (LaunchError("train ended with SIGKILL"), True),
         (OSError("no route to host"), True),
-        (RunDirBusy("in use"), False),
         (DataError("no such image"), False),
         (CacheNotFound("no cache"), False),
     ],

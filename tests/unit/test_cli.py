@@ -183,18 +183,17 @@ def test_resume_of_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no run: ")
 
 
-@pytest.mark.parametrize(
-    ("folder", "saved"),
-    [
-        ("train-abc", "train-abc/config.yaml"),
-        ("cache", "cache-logs/data_process.yaml"),
-        ("cache-logs", "cache-logs/data_process.yaml"),
-    ],
-)
-def test_resume_runs_the_flow_with_the_saved_config(tmp_path, monkeypatch, folder, saved):
-    path = tmp_path / saved
-    load_config(None, {"dataset_base_path": "x", "output_path": "y"}).save(path)
+@pytest.mark.parametrize("folder", ["cache", "cache-logs"])
+def test_resume_runs_the_flow_with_the_saved_config(tmp_path, monkeypatch, folder):
+    path = tmp_path / "cache-logs" / "data_process.yaml"
+    load_config(None, {"dataset_base_path": "x", "output_path": str(tmp_path)}).save(path)
     started = []
     monkeypatch.setattr(os, "execv", lambda _, command: started.extend(command))
     assert main(["resume", str(tmp_path / folder)]) == 0
     assert started[1:] == ["-P", "-m", "flows.cache_then_train", f"--config={path}"]
+
+
+def test_resume_of_a_moved_folder_is_refused(tmp_path, capsys):
+    load_config(None, {"dataset_base_path": "x", "output_path": "y"}).save(tmp_path / "cache-logs/data_process.yaml")
+    assert main(["resume", str(tmp_path / "cache")]) == 2
+    assert "start in y/cache-logs; " in capsys.readouterr().err
