@@ -4,6 +4,7 @@
 ``PREFECT_API_URL`` names one; ``diffsynth-pipe run`` does just this. A deployment calls ``cache_then_train``.
 """
 
+import contextlib
 import logging
 import signal
 import sys
@@ -30,8 +31,9 @@ def run_name() -> str:
     """Return what the present run trains: ``qwen_image sft, LoRA rank 8 of dit, photos``."""
     parameters = flow_run.get_parameters()
     config = parameters["config"]
-    values = config.model_dump() if isinstance(config, RunConfig) else config
-    config = load_config(None, {**values, **(parameters.get("overrides") or {})})
+    if overrides := parameters.get("overrides"):
+        with contextlib.suppress(ConfigError):  # the flow itself refuses them
+            config = load_config(None, {**config.model_dump(mode="json"), **overrides})
     lora = [f"LoRA rank {config.lora_rank} of {config.lora_base_model}"] if config.lora_base_model else []
     full = [f"all of {config.trainable_models}"] if config.trainable_models else []
     return ", ".join([f"{config.family} {config.task_name}", *lora, *full, Path(config.dataset_base_path).name])
