@@ -54,8 +54,8 @@ def cache_then_train(
     stages = stages or ((config.stage,) if config.stage else STAGES)
     if encode_workers > 1 and ("data_process" in force or config.data_process_num_processes > 1):
         raise ConfigError(
-            "encode_workers: leave it out to force data_process; in place of data_process_num_processes start a worker per"
-            " GPU"
+            "encode_workers: leave it out to force data_process, and start a worker per GPU in place of"
+            " data_process_num_processes"
         )
     config = stage_config(config, *stages)
     with get_client(sync_client=True) as client:

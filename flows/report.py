@@ -109,7 +109,7 @@ class Reporter:
             for key, send in waiting.items():
                 try:
                     send()
-                except (PrefectException, HTTPError, OSError, RuntimeError, ValueError) as error:
+                except (PrefectException, HTTPError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
                     LOG.warning("artifact %s was not sent: %s", key, error)
             if last:
                 return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from diffsynth_pipe.stages.plan import StagePlan
 
 NUM_LINES = 5
-"""Changed samples that a plan names."""
+"""Lines of changes in a plan, before the one with the totals."""
 
 
 def explain_changes(root: Root, config: RunConfig) -> Iterator[str]:
@@ -79,13 +81,13 @@ def changes_since(config: RunConfig, plans: Iterable[StagePlan]) -> dict[str, li
     for plan in plans:
         if plan.verdict == "hit":
             continue
-        with contextlib.suppress(CacheError, ConfigError):  # nothing sealed, or by a version with other parameters
+        with contextlib.suppress(CacheError, ConfigError, OSError):  # nothing sealed, other parameters, just deleted
             if plan.stage == "train":
                 assert isinstance(plan.path, Path)
                 changes[plan.stage] = _changed_parameters(config, plan.path)
             else:
-                *lines, samples = explain_changes(plan.path, config)
-                changes[plan.stage] = [*lines[:NUM_LINES], samples]
+                lines = explain_changes(plan.path, config)
+                changes[plan.stage] = [*islice(lines, NUM_LINES), *deque(lines, maxlen=1)]
     return {stage: lines for stage, lines in changes.items() if lines}
 
 

@@ -17,8 +17,10 @@ from cache_store.manifest import FORMAT, SCHEMA, encode_manifest
 from cache_store.snapshot import seal_path
 from cache_store.store import Cache, SealedSample
 from diffsynth_pipe.cli import main
+from diffsynth_pipe.config import load_config
 from diffsynth_pipe.stages.data_process import data_process
-from diffsynth_pipe.stages.plan import plan_train
+from diffsynth_pipe.stages.explain import changes_since
+from diffsynth_pipe.stages.plan import plan_data_process, plan_train
 
 
 @pytest.fixture
@@ -167,6 +169,9 @@ def test_explain_says_what_changed_since_the_seal(config, run_file, cache_comman
     assert recipes == [f"recipe of {unit}: encode_dtype was 'float32', is 'bfloat16'" for unit in ("text", "latents")]
     assert first.endswith(": text by its recipe, latents by its recipe")
     assert last == "samples: 0 as sealed, 5 changed, 0 new, 1 gone"
+    config = load_config(run_file(encode_dtype="bfloat16"), {})
+    (lines,) = changes_since(config, [plan_data_process(config)]).values()
+    assert (lines[:3], lines[-1], len(lines)) == ([*recipes, first], last, 6)
 
 
 COMMANDS = ("ls", "info", "verify", "repair", "gc", "compact", "explain", "import-diffsynth")

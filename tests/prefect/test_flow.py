@@ -7,7 +7,7 @@ from prefect.exceptions import ParameterTypeError
 
 from cache_store.contract import CacheNotFound
 from cache_store.store import Cache
-from diffsynth_pipe.errors import DataError, LaunchError
+from diffsynth_pipe.errors import ConfigError, DataError, LaunchError
 from flows.cache_then_train import cache_then_train
 from flows.tasks import worth_retrying
 
@@ -90,6 +90,11 @@ def test_a_refused_input_is_not_tried_again(server, run_config, photos):
 def test_parameters_are_validated_before_the_run(server, run_parameters):
     with pytest.raises(ParameterTypeError, match="lora_rank"):
         cache_then_train({**run_parameters, "lora_rank": 0})
+
+
+def test_a_wrong_override_is_refused_by_its_name(server, run_config):
+    with pytest.raises(ConfigError, match="lora_rank"):
+        cache_then_train(run_config(), overrides={"lora_rank": 0})
 
 
 @pytest.mark.parametrize(
