@@ -142,7 +142,8 @@ class RunConfig(BaseModel):
         "cache",
         None,
         "More metadata columns that the task or the model reads, comma-separated; for direct_distill"
-        " seed,rand_device,num_inference_steps,cfg_scale.",
+        " seed,rand_device,num_inference_steps,cfg_scale. For Wan what of the video is given: input_image, end_image,"
+        " clip_feature.",
     )
     fp8_models: list[str | list[str]] | None = _setting(
         "model loading",

@@ -80,7 +80,9 @@ class LiveSource:
         from diffsynth_pipe.training.sources import collate
 
         specs = [spec for unit in self._units for spec in unit.outputs]
-        for plan, loaded in map_ahead(partial(self._load, dropout), plans, self._num_threads):
+        has_video = any("video" in unit.media.values() for unit in self._units)
+        num_ahead = self._num_threads if has_video else None
+        for plan, loaded in map_ahead(partial(self._load, dropout), plans, self._num_threads, num_ahead):
             fields, lengths = collate(specs, [self._encode(inputs) for _, inputs in loaded])
             yield Batch(
                 fields=fields,
@@ -91,18 +93,20 @@ class LiveSource:
                 num_slots=plan.num_slots,
             )
 
-    def _load(self, dropout: CaptionDropout | None, plan: BatchPlan) -> list[tuple[Sample, dict[str, dict[str, Any]]]]:
+    def _load(self, dropout: CaptionDropout | None, plan: BatchPlan) -> list[tuple[Sample, dict[str, Any]]]:
+        """Load every column once, however many units read it."""
+        columns = dict.fromkeys(name for unit in self._units for name in unit.inputs)
         loaded = []
         for index, visit in zip(plan.indices, plan.visits, strict=True):
             sample = self._buckets[plan.bucket][index]
             inputs = sample.inputs
             if dropout is not None and dropout.drops(sample.sample_id, visit):
                 inputs = {**inputs, CAPTION_COLUMN: self._reserved[EMPTY_CAPTION_ID].inputs[CAPTION_COLUMN]}
-            loaded.append((sample, {unit.name: load_inputs(unit, inputs) for unit in self._units}))
+            loaded.append((sample, {name: inputs[name].load() for name in columns}))
         return loaded
 
-    def _encode(self, inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    def _encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         record: dict[str, Tensor] = {}
         for unit in self._units:
-            record |= encode(unit, self._components, inputs[unit.name])
+            record |= encode(unit, self._components, {name: inputs[name] for name in unit.inputs})
         return record
