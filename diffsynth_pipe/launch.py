@@ -88,9 +88,7 @@ def launch_data_process(
         LaunchError: The process ended badly.
     """
     config = stage_config(config, "data_process")
-    # Beside the cache, never in it: a folder that holds anything else is not taken for a new cache.
-    local = config.cache_dir if isinstance(config.cache_dir, Path) else Path(config.output_path) / "cache"
-    log_dir = local.with_name(f"{local.name}-logs")
+    log_dir = _log_dir(config)
     saved = log_dir / "data_process.yaml"
     command = [sys.executable, "-m"]
     if (num_processes := config.data_process_num_processes) > 1:
@@ -100,6 +98,43 @@ def launch_data_process(
     if force:
         command.append("--force")
     return _launch(config, plan_data_process, force, command, log_dir, saved, on_line)
+
+
+def launch_share(config: RunConfig, index: int, count: int, on_line: Callable[[str], None] = print_line) -> None:
+    """Encode share ``index`` of ``count`` of what the cache lacks, in a process of its own.
+
+    Args:
+        config: The run; its ``task`` may name another stage.
+        index: From 0.
+        count: The shares are cut the same way whoever encodes them.
+        on_line: Gets each line of the output.
+
+    Raises:
+        PipeError: The stage refused the input; the message is its own.
+        LaunchError: The process ended badly.
+    """
+    config = stage_config(config, "data_process")
+    log_dir = _log_dir(config) / f"share-{index}-of-{count}"  # its own, so that no share waits for the lock of another
+    saved = log_dir / "data_process.yaml"
+
+    def prepare() -> bool:
+        config.save(saved)
+        return True
+
+    run_supervised(
+        [sys.executable, "-m", "diffsynth_pipe.cli", "data-process", "--config", str(saved)],
+        run_dir=log_dir,
+        log_name="data_process.log",
+        on_line=on_line,
+        env={"RANK": str(index), "WORLD_SIZE": str(count)},
+        prepare=prepare,
+    )
+
+
+def _log_dir(config: RunConfig) -> Path:
+    # Beside the cache, never in it: a folder that holds anything else is not taken for a new cache.
+    local = config.cache_dir if isinstance(config.cache_dir, Path) else Path(config.output_path) / "cache"
+    return local.with_name(f"{local.name}-logs")
 
 
 def launch_train(config: RunConfig, force: bool = False, on_line: Callable[[str], None] = print_line) -> StageResult:

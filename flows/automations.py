@@ -30,7 +30,7 @@ def install(silence: timedelta = SILENCE) -> None:
             expect={"prefect.flow-run.*"},
             match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
             match_related=ResourceSpecification(
-                {"prefect.resource.role": "flow", "prefect.resource.name": "cache-then-train"}
+                {"prefect.resource.role": "flow", "prefect.resource.name": ["cache-then-train", "encode-share"]}
             ),
             for_each={"prefect.resource.id"},
             threshold=1,

@@ -12,15 +12,16 @@ from typing import Annotated, Any, get_args
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
-from pydantic import WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 from diffsynth_pipe.config import RunConfig, Stage, load_config, overrides_schema
-from diffsynth_pipe.errors import USER_ERRORS
+from diffsynth_pipe.errors import USER_ERRORS, ConfigError
 from diffsynth_pipe.fingerprint import run_name
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
 from diffsynth_pipe.launch import plan_stages
 from diffsynth_pipe.stages.plan import StageResult
 from flows import tasks
+from flows.encode_share import encode_on_workers
 from flows.report import LOG, Reporter, closing_lines
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -32,6 +33,7 @@ def cache_then_train(
     overrides: Annotated[dict[str, Any], WithJsonSchema(overrides_schema())] | None = None,
     stages: tuple[Stage, ...] = (),
     force: tuple[Stage, ...] = (),
+    encode_workers: Annotated[int, Field(ge=1)] = 1,
 ) -> list[StageResult]:
     """Encode the data set once, then train a LoRA from the cache.
 
@@ -40,18 +42,30 @@ def cache_then_train(
         overrides: Parameters laid over ``config``: ``{"lora_rank": 8}``.
         stages: The stages to run; none given: those of ``config.task``. What is done already is not done again.
         force: Stages to run even if nothing is left to do.
+        encode_workers: Shares that the encoding is cut into: this worker encodes one, others that are free the rest.
+
+    Raises:
+        ConfigError: ``encode_workers`` goes with neither ``force`` nor ``data_process_num_processes``.
     """
     if overrides:
         config = load_config(None, {**config.model_dump(mode="json"), **overrides})
     stages = stages or ((config.stage,) if config.stage else STAGES)
+    if encode_workers > 1 and ("data_process" in force or config.data_process_num_processes > 1):
+        raise ConfigError(
+            "encode_workers: leave it out to force data_process, and instead of data_process_num_processes start a worker"
+            " per GPU"
+        )
     with get_client(sync_client=True) as client:
         client.set_flow_run_name(flow_run.id, run_name(config, stages))
     results: list[StageResult] = []
     with Reporter() as reporter:
-        reporter.plan(plan_stages(config, stages))
+        plans = plan_stages(config, stages)
+        reporter.plan(plans)
         # Called, never submitted: a signal that stops the run is raised in the main thread only.
         upstream = []
         if "data_process" in stages:
+            if encode_workers > 1 and plans[0].verdict != "hit":
+                encode_on_workers(config, encode_workers)
             state = tasks.data_process(config, "data_process" in force, return_state=True)
             results.append(state.result())
             upstream.append(state)

@@ -1,4 +1,4 @@
-"""Two thin tasks: launch a stage and say Cached, Resumed or Completed.
+"""Thin tasks: launch a stage and say Cached, Resumed or Completed, or launch a share of the first.
 
 Prefect's own caching stays off: it reports a hit when the data is gone. The disk decides (``stages.plan``).
 """
@@ -47,6 +47,13 @@ _OPTIONS: dict[str, Any] = {
 def data_process(config: RunConfig, force: bool) -> Any:
     """Bring the cache up to date; the State that this returns becomes the task's own, with a StageResult."""
     return _run("data-process-progress", launch.launch_data_process, config, force)
+
+
+@task(name="encode_share", task_run_name="share {index} of {count}", **_OPTIONS)
+def encode_share(config: RunConfig, index: int, count: int) -> None:
+    """Encode one share of what the cache lacks."""
+    with Reporter() as reporter:
+        launch.launch_share(config, index, count, on_line=partial(reporter.line, f"share-{index}-progress"))
 
 
 @task(name="train", task_run_name="train", **_OPTIONS)
