@@ -93,6 +93,17 @@ def test_a_share_that_no_worker_takes_is_cancelled_and_encoded_by_the_run(stack,
 
 
 @pytest.mark.usefixtures("second_worker")
+def test_a_share_that_fails_is_encoded_by_the_run(stack, start, run_config):
+    cache_dir = run_config().cache_dir
+    with held_up(cache_dir, 0):
+        (cache_dir.parent / f"{cache_dir.name}-logs" / "share-1-of-2").write_text("no folder")
+        run, share = start()
+        stack.wait_for_state(share.id, "Failed")
+    assert stack.wait_for_state(run.id).state_name == "Completed"
+    assert_each_encoded_once(keys_by_session(cache_dir))
+
+
+@pytest.mark.usefixtures("second_worker")
 def test_a_cancelled_run_takes_its_shares_along(stack, start, run_config):
     from prefect.states import Cancelling
 
