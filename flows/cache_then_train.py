@@ -52,8 +52,8 @@ def cache_then_train(
     stages = stages or ((config.stage,) if config.stage else STAGES)
     if encode_workers > 1 and ("data_process" in force or config.data_process_num_processes > 1):
         raise ConfigError(
-            "encode_workers: leave it out to force data_process; in place of data_process_num_processes start a worker per"
-            " GPU"
+            "encode_workers: leave it out to force data_process; in place of data_process_num_processes, start a worker"
+            " per GPU"
         )
     with get_client(sync_client=True) as client:
         client.set_flow_run_name(flow_run.id, run_name(config, stages))
