@@ -35,14 +35,14 @@ class Stage:
     """
 
     def __init__(self, stack, module: str, log: Path) -> None:
-        self._stack, self._module, self._log = stack, module, log
+        self._stack, self._module, self.log = stack, module, log
         self._begin = 0
 
     def hold(self, pattern: str, num_processes: int):
         """Freeze the stage when what the present attempt logs matches; return the processes."""
         deadline = time.monotonic() + 2 * DEADLINE_S
-        while not (self._log.exists() and re.search(pattern, self._log.read_text()[self._begin :])):
-            assert time.monotonic() < deadline, f"no {pattern} in {self._log}"
+        while not (self.log.exists() and re.search(pattern, self.log.read_text()[self._begin :])):
+            assert time.monotonic() < deadline, f"no {pattern} in {self.log}"
             time.sleep(HOLD_POLL_S)
         held = [process for process in self._stack.processes() if self._is_ours(process.cmdline())]
         for process in held:
@@ -56,7 +56,7 @@ class Stage:
             self._stack.wait(lambda process=process: _is_pending(process, signal.SIGTERM), DEADLINE_S)
             process.resume()
         wait_until_gone(self._stack, processes)
-        self._begin = len(self._log.read_text())
+        self._begin = len(self.log.read_text())
 
     def _is_ours(self, command) -> bool:
         launchers = {"diffsynth_pipe.guard", "accelerate.commands.launch"}
@@ -182,6 +182,7 @@ def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(stack, parameter
     assert stack.wait_for_state(run.id).state_name == "Completed"
     wait_until_idle(stack)
     assert verify(config.cache_dir, full=True) == []
+    assert train.log.read_text().count("goes on after step") == 5
     assert read_run(run_dir)["digests"] == expected.summary["digests"]
 
 
