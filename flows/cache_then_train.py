@@ -12,13 +12,14 @@ from typing import Annotated, Any, get_args
 
 from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from pydantic import Field, WithJsonSchema
 
 from diffsynth_pipe.config import RunConfig, Stage, load_config, overrides_schema
 from diffsynth_pipe.errors import USER_ERRORS, ConfigError
 from diffsynth_pipe.fingerprint import run_name
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
+from diffsynth_pipe.guard import stop_with_parent
 from diffsynth_pipe.launch import plan_stages, stage_config
 from diffsynth_pipe.stages.explain import changes_since
 from diffsynth_pipe.stages.plan import StageResult
@@ -49,6 +50,8 @@ def cache_then_train(
     Raises:
         ConfigError: ``encode_workers`` goes with neither ``force`` nor ``data_process_num_processes``.
     """
+    if deployment.id:
+        stop_with_parent()  # without its worker nobody could cancel the run, or hear how it ended
     if overrides:
         config = load_config(None, {**config.model_dump(mode="json"), **overrides})
     stages = stages or ((config.stage,) if config.stage else STAGES)

@@ -130,9 +130,10 @@ class Stack:
 
         def final():
             runs = self.client.read_task_runs(flow_run_filter=chosen)
-            return runs if runs and all(run.state.is_final() for run in runs) else None
+            return runs if runs and all(run.state and run.state.is_final() for run in runs) else None
 
-        return {run.name: run.state_name for run in self.wait(final)}
+        # A retry of the flow makes new runs of its tasks; the last one counts.
+        return {run.name: run.state_name for run in sorted(self.wait(final), key=lambda run: run.created)}
 
     def wait(self, condition, timeout_s: float = 120):
         """Call ``condition`` until it returns something true; return that."""
