@@ -83,8 +83,9 @@ def run_page(tmp_path):
         script = script.replace("4200", str(free_port()))
         trace = tmp_path / "trace"
         with trace.open("wb") as file:
+            # -m as in a terminal: without job control, bash starts jobs that ignore SIGINT, which stops a worker.
             done = subprocess.run(
-                ["bash", "-euxo", "pipefail", "-c", script], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL,
+                ["bash", "-meuxo", "pipefail", "-c", script], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL,
                 stdout=file, stderr=subprocess.STDOUT, timeout=300,
             )  # fmt: skip
         assert done.returncode == 0, trace.read_text("utf-8")[-4000:]
