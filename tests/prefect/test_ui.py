@@ -85,7 +85,9 @@ def test_a_run_shows_itself_and_no_secret(stack, runs, page, folder):
         return f"artifacts/artifact/{run.artifacts[key].id}"
 
     def image_widths():
-        return page.locator("img[src^='data:image/svg']").evaluate_all("all => all.map(image => image.naturalWidth)")
+        images = page.locator("img[src^='data:image/svg']")
+        images.first.wait_for()
+        return images.evaluate_all("all => all.map(image => image.naturalWidth)")
 
     assert first.run.name.startswith("qwen_image lora r4 on photos, ")
     visit(f"runs/flow-run/{again.run.id}?tab=TaskRuns", "cached", again.run.name, "Cached")
