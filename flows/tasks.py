@@ -55,13 +55,6 @@ def encode_share(config: RunConfig, index: int, count: int) -> None:
         launch.launch_share(config, index, count, on_line=partial(reporter.line, f"share-{index}-progress"))
 
 
-@task(name="encode_share", task_run_name="share {index} of {count}", **_OPTIONS)
-def encode_share(config: RunConfig, index: int, count: int) -> None:
-    """Encode one share of what the cache lacks."""
-    with Reporter() as reporter:
-        launch.launch_share(config, index, count, on_line=partial(reporter.line, f"share-{index}-progress"))
-
-
 @task(name="train", task_run_name="train", **_OPTIONS)
 def train(config: RunConfig, force: bool) -> Any:
     """Train from the cache; the State that this returns becomes the task's own, with a StageResult."""
