@@ -17,6 +17,7 @@ from pydantic import Field
 
 from diffsynth_pipe.config import RunConfig
 from diffsynth_pipe.fingerprint import run_name
+from diffsynth_pipe.guard import stop_with_parent
 from flows import tasks
 from flows.report import LOG
 
@@ -32,6 +33,7 @@ _POLL_S = 2.0
 @flow(name="encode-share", validate_parameters=True, persist_result=False)
 def encode_share(config: RunConfig, index: Annotated[int, Field(ge=0)], count: Annotated[int, Field(ge=1)]) -> None:
     """Encode share ``index`` of ``count`` of the records that the cache lacks."""
+    stop_with_parent()  # only workers run it; see ``cache_then_train``
     tasks.encode_share(config, index, count)
 
 
