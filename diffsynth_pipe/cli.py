@@ -60,6 +60,7 @@ def _parser() -> FlagParser:
     submit = commands.add_parser("submit", help="a run of a Prefect deployment, unless everything is done")
     submit.add_argument("--deployment", metavar="NAME", default="cache-then-train/local", help="default: %(default)s")
     submit.add_argument("--watch", action="store_true", help="follow the run; exit code 1 if it does not complete")
+    submit.add_argument("--encode_workers", metavar="N", type=int, default=1, help="workers that encode; default: 1")
     submit.set_defaults(command=_submit)
 
     for command in (run, submit):
@@ -185,7 +186,12 @@ def _submit(args: argparse.Namespace) -> None:
         return
     from diffsynth_pipe.fingerprint import run_name
 
-    parameters = {"config": config.model_dump(mode="json", exclude_defaults=True), "stages": stages, "force": force}
+    parameters = {
+        "config": config.model_dump(mode="json", exclude_defaults=True),
+        "stages": stages,
+        "force": force,
+        "encode_workers": args.encode_workers,
+    }
     # Prefect fills {parameters} into the names that it is given.
     name = run_name(config, stages).replace("{", "{{").replace("}", "}}")
     command = [sys.executable, "-P", "-m", "prefect", "deployment", "run", args.deployment]

@@ -165,4 +165,5 @@ def test_job_variables_are_those_of_the_pools(stack):
         known = pool.base_job_template["variables"]["properties"]
         assert deployment.job_variables.keys() <= known.keys()
         limit = deployment.concurrency_options and deployment.concurrency_options.collision_strategy
-        assert limit == (None if deployment.name == "kubernetes" else "ENQUEUE")
+        is_limited = "cache_then_train" in deployment.entrypoint and deployment.name != "kubernetes"
+        assert limit == ("ENQUEUE" if is_limited else None)
