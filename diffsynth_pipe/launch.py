@@ -121,9 +121,8 @@ def launch_share(config: RunConfig, index: int, count: int, on_line: Callable[[s
         LaunchError: The process ended badly.
     """
     config = stage_config(config, "data_process")
-    log_dir = (
-        data_process_log_dir(config) / f"share-{index}-of-{count}"
-    )  # its own, so that no share waits for the lock of another
+    # Its own, so that no share waits for the lock of another.
+    log_dir = data_process_log_dir(config) / f"share-{index}-of-{count}"
     saved = log_dir / "data_process.yaml"
 
     def prepare() -> bool:
