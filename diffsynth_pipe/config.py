@@ -95,9 +95,9 @@ def _say_what_validators_know(schema: dict[str, Any]) -> None:
 _PATHS = (
     *("dataset_base_path", "dataset_metadata_path", "model_paths", "tokenizer_path", "processor_path"),
     *("resume_from_checkpoint", "lora_checkpoint", "preset_lora_path", "output_path", "cache_path"),
-    *("cache_copies_path", "nvme_path", "accelerate_config_file"),
+    *("cache_copies_path", "nvme_path", "accelerate_config_file", "fp8_models", "offload_models"),
 )
-"""Fields that hold a path, or a list of paths."""
+"""Fields that hold a path, or a list of paths; the last two may also name a model by its id."""
 
 
 class RunConfig(BaseModel):
@@ -755,11 +755,12 @@ class RunConfig(BaseModel):
 
         The models that ``model_id_with_origin_paths`` names stay where that process looks for models.
         """
+        ids = comma_list(self.model_id_with_origin_paths)
 
         def absolute(value: Any) -> Any:
             if isinstance(value, list):
                 return [absolute(item) for item in value]
-            return value if value is None or value.startswith(SCHEME) else str(Path(value).absolute())
+            return value if value is None or value in ids or value.startswith(SCHEME) else str(Path(value).absolute())
 
         return self.model_copy(update={name: absolute(getattr(self, name)) for name in _PATHS})
 

@@ -168,11 +168,14 @@ def read_video_size(path: Path, num_frames: int, frame_rate: float | None, *, ap
             if packet.size and not packet.is_discard:
                 num_shown += 1
                 if packet.pts is not None:
-                    times += (packet.pts * packet.time_base, end)
+                    # not end, which is that of the sound too
+                    times += (packet.pts * packet.time_base, (packet.pts + (packet.duration or 0)) * packet.time_base)
             if first and frame_rate is None and num_shown >= num_frames:
                 break
         else:
-            _check_end(path, container, stream.frames, num_packets, end)
+            # An AVI also counts the frames that were dropped, which have no bytes.
+            num_declared = 0 if container.format.name == "avi" else stream.frames
+            _check_end(path, container, num_declared, num_packets, end)
     if first is None:
         raise DataError(f"{path}: holds no frame that can be decoded; replace or remove it")
     if frame_rate is not None:

@@ -10,7 +10,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from diffsynth_pipe.errors import ConfigError
+from diffsynth_pipe.errors import ConfigError, DataError
 from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_encoding, summarize
 
 if TYPE_CHECKING:
@@ -173,7 +173,10 @@ def _encode_unit(
     is_silent = os.environ.get("LOCAL_RANK", "0") != "0"
     with tqdm(total=len(share), desc=shown, unit="record", disable=is_silent) as progress:
         for (key, sample), inputs in loaded:
-            fields = storage_arrays(encode(unit, components, inputs))
+            try:
+                fields = storage_arrays(encode(unit, components, inputs))
+            except DataError as error:
+                raise DataError(f"{sample.source}: {error}") from error
             note = unit.note(components, inputs) if unit.note else None
             del inputs
             writer.add(unit.name, key, fields, unit.outputs, label=sample.source, note=note or "")

@@ -233,6 +233,19 @@ def test_a_truncated_jpeg_is_named_and_costs_nothing_else(cli, run_file, run_con
     assert num_committed(run_config().cache_dir) > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_row_that_cannot_be_encoded_is_named(cli, run_file, edit_rows):
+    def on_cuda(rows):
+        drawn = {"seed": 1, "num_inference_steps": 4, "cfg_scale": 1}
+        return [{**row, **drawn, "rand_device": "cuda" if row is rows[2] else "cpu"} for row in rows]
+
+    edit_rows(on_cuda)
+    distill = run_file(
+        task="direct_distill:data_process", extra_inputs="seed,rand_device,num_inference_steps,cfg_scale"
+    )
+    assert_refused(cli("data-process", distill), "row 3", "rand_device")
+
+
 def test_parameters_are_refused_before_anything_is_read(cli, run_file, run_config):
     assert_refused(cli("data-process", run_file(lora_rnak=4)), "lora_rnak", "lora_rank")
     assert_refused(cli("data-process", run_file(lora_rank=0)), "lora_rank", "0")

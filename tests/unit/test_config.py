@@ -666,3 +666,19 @@ def test_a_wrong_flag_is_one_line(flags, message):
 def test_the_yaml_of_the_demo_loads():
     demo = Path(__file__).parents[2] / "deploy" / "demo" / "qwen_image.yaml"
     assert load_config(demo, {}).lora_base_model == "dit"
+
+
+def test_absolute_paths_keep_ids_and_the_models_that_other_parameters_repeat(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vae = "tiny/Qwen-Image:vae/*.safetensors"
+    config = load_config(
+        None,
+        {
+            "dataset_base_path": "photos",
+            "model_paths": ["dit/a.safetensors"],
+            "model_id_with_origin_paths": vae,
+            "fp8_models": [vae, "dit/a.safetensors"],
+        },
+    ).with_absolute_paths()
+    assert config.model_paths == [str(tmp_path / "dit/a.safetensors")]
+    assert config.fp8_models == [vae, *config.model_paths]

@@ -99,6 +99,32 @@ def test_timestamps_decide_where_the_frame_rate_varies(tmp_path):
     assert frames_of(path, 5) == [0, 1, 2, 3, 4]
 
 
+def test_sound_that_outlasts_the_frames_adds_none(tmp_path):
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w", options={"max_interleave_delta": "1"}) as container:
+        sound = container.add_stream("aac", rate=44100)
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 44100 * 2), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 44100
+        sounds = [*sound.encode(silence), *sound.encode()]
+        frames = [
+            av.VideoFrame.from_ndarray(np.full((48, 64, 3), n * STEP, np.uint8), format="rgb24") for n in range(9)
+        ]
+        shown = [packet for frame in (*frames, None) for packet in stream.encode(frame)]
+        for packet in (*shown[:8], *sounds, shown[8]):
+            packet.stream = stream if packet in shown else sound
+            container.mux_one(packet)
+    assert read_video_size(path, 81, 8.0, apply_exif=True).num_frames == 9
+
+
+def test_an_avi_may_have_dropped_frames(tmp_path):
+    path = write_video(tmp_path / "a.avi", 6, codec="mpeg4", times_ms=[0, 125, 250, 375, 750, 875])
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames > 6
+    assert frames_of(path) == [0, 1, 2, 3, 4]
+
+
 def test_a_gif_is_a_video_and_an_image_one_frame(tmp_path):
     frames = [Image.new("RGB", (64, 48), (number * STEP,) * 3) for number in range(7)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
