@@ -1,4 +1,4 @@
-"""One training at a time per GPU: a kernel lock per device, which binds every process of this machine.
+"""One training at a time per GPU: a kernel lock per device, for all who share this machine's temporary folder.
 
 Held by file descriptor, so it passes to the guard of a run and vanishes with the last process that has it.
 """

@@ -311,7 +311,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _download(source: _Source, companions: Mapping[str, Path]) -> None:
-    """Download the files that match the pattern, the JSON files beside them, and the companions.
+    """Download the files that match the pattern, the JSON files beside them, the companions, and what the pipeline is.
 
     Both clients go on with a file that was cut off. A file on the disk that differs from ModelScope's is replaced.
 
@@ -322,7 +322,7 @@ def _download(source: _Source, companions: Mapping[str, Path]) -> None:
     if hub not in {"modelscope", "huggingface"}:
         raise ConfigError(f"DIFFSYNTH_DOWNLOAD_SOURCE: {hub!r} is not one of modelscope, huggingface")
     beside = source.pattern.parent.parent
-    patterns = [str(source.pattern), str(source.pattern.parent / "*.json")]
+    patterns = [str(source.pattern), str(source.pattern.parent / "*.json"), str(beside / "model_index.json")]
     patterns += [f"{beside / name}/*" for name, path in companions.items() if path == source.folder.parent / name]
     source.folder.mkdir(parents=True, exist_ok=True)
     (source.folder / UNFINISHED).touch()

@@ -180,6 +180,9 @@ def _launch(
     def prepare() -> bool:
         nonlocal plan
         plan = plan_stage(config)  # another process may have done the work while this one waited
+        if plan.stage == "train" and plan.path != run_dir:
+            message = f"{config.cache_dir} was sealed anew while {run_dir} was waited for; start again"
+            raise LaunchError(message)
         if plan.verdict == "hit" and not force:
             return False
         config.with_absolute_paths().save(saved_config)
