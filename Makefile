@@ -36,7 +36,7 @@ deploy: $(INSTALLED)  ## Register the flow with the Prefect server in PREFECT_AP
 	$(BIN)/python -m flows.automations
 
 test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)  ## Check format, style, types and import layers
 	$(BIN)/ruff format --check .
@@ -58,9 +58,10 @@ bench: $(INSTALLED)  ## Measure the cache reader, on disk and S3, the sampler an
 	$(BIN)/python tests/bench/bench_train.py
 	$(BIN)/python tests/bench/bench_engines.py
 
-torture: $(INSTALLED)  ## Kill and damage caches, and kill a training, for minutes
+torture: $(INSTALLED)  ## Kill and damage caches, and kill trainings and deployments, for minutes
 	$(BIN)/python tests/integration/torture_cache.py
 	$(BIN)/python tests/integration/torture_training.py
+	$(BIN)/python -m pytest -m torture
 
 screenshots: $(INSTALLED)  ## Take the pictures of docs/images anew; needs /usr/bin/chromium
 	SCREENSHOTS=$(CURDIR)/docs/images $(BIN)/python -m pytest -q --basetemp=/tmp/demo tests/prefect/test_ui.py

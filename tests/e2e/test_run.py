@@ -25,7 +25,9 @@ def run_file(tiny_repo, tmp_path_factory):
         rows = list(csv.DictReader(file))[:4]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     parameters = yaml.safe_load((demo / "qwen_image.yaml").read_text("utf-8"))
+    models = parameters["model_id_with_origin_paths"].replace("tiny/qwen_image:", "tiny/Qwen-Image:")
     parameters |= {
+        "model_id_with_origin_paths": models,
         "dataset_base_path": str(demo),
         "dataset_metadata_path": str(folder / "metadata.jsonl"),
         "max_pixels": 4096,

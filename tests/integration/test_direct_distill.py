@@ -100,7 +100,9 @@ def test_noise_of_a_device_that_is_not_here_is_refused(distilled):
     if torch.cuda.is_available():
         pytest.skip("it is here")
     config, _ = distilled(rand_device="cuda:3")
-    with pytest.raises(DataError, match=r"^rand_device: 'cuda', but there is none here; write cpu"):
+    with pytest.raises(
+        DataError, match=r"^metadata\.\w+ row 1 \(.*\): rand_device: 'cuda', but there is none here; write cpu"
+    ):
         data_process(config)
 
 

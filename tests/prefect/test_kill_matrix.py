@@ -106,6 +106,7 @@ def parameters(run_parameters, tmp_path):
     }
 
 
+@pytest.mark.torture
 def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(stack, parameters, run_config, tmp_path):
     config = run_config(**parameters)
     left_alone = config.model_copy(
