@@ -203,6 +203,7 @@ def settings(case, tmp_path, monkeypatch):
         ),
         "output_path": str(tmp_path / "output"),
         "cache_path": str(tmp_path / "cache"),
+        "cache_backend": "zarr" if case.task.draws_noise_levels else "webdataset",  # each family on both
         "lora_base_model": "dit",
         "lora_rank": 4,
         "learning_rate": 1e-3,
