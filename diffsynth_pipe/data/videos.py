@@ -6,7 +6,8 @@ import itertools
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from os import SEEK_CUR
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageSequence, UnidentifiedImageError
@@ -28,6 +29,9 @@ RULE_VERSION = 1
 
 FRAMES_PER_LATENT = 4
 """Causal video VAEs make one latent frame of the first frame, and one of every four that follow."""
+
+_EBML_ID, _SEGMENT_ID = bytes.fromhex("1A45DFA3"), bytes.fromhex("18538067")
+"""What a Matroska file, and all of it behind its header, begin with."""
 
 TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
 """What turns a frame upright, by the degrees of its display matrix, counterclockwise."""
@@ -231,9 +235,30 @@ def _check_end(path: Path, container: Any, num_declared: int, num_packets: int, 
     """Refuse a file that ends before its header says; by a second where only the duration tells, as in Matroska."""
     if num_packets < num_declared:
         raise _damaged(path, f"its header tells of {num_declared} frames, but {num_packets} are there")
+    if "matroska" in container.format.name and (missing := _missing_matroska_bytes(path)):
+        raise _damaged(path, f"its last {missing} bytes are cut off")
     duration = Fraction(container.duration or 0, 1_000_000)
     if end and end < duration - 1:
         raise _damaged(path, f"its header tells of {float(duration):.3g} s, but {float(end):.3g} s are there")
+
+
+def _missing_matroska_bytes(path: Path) -> int:
+    """Return how many bytes a Matroska or WebM file lacks of its segment (RFC 9559); 0 if that tells no size.
+
+    FFmpeg takes the end of the file for the end of the video.
+    """
+
+    def read_size(file: BinaryIO) -> int | None:
+        first = file.read(1)[0]
+        length = 9 - first.bit_length()
+        size = int.from_bytes(bytes([first & (0xFF >> length)]) + file.read(length - 1), "big")
+        return None if size == (1 << 7 * length) - 1 else size
+
+    with path.open("rb") as file:
+        file.seek(len(_EBML_ID))
+        file.seek(read_size(file) or 0, SEEK_CUR)
+        size = read_size(file) if file.read(len(_SEGMENT_ID)) == _SEGMENT_ID else None
+        return 0 if size is None else max(0, file.tell() + size - path.stat().st_size)
 
 
 def load_video(
