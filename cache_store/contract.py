@@ -120,8 +120,7 @@ class ArrayLayout:
 class Placement(NamedTuple):
     """Where one item lies: the array of its segment, where it starts there (backend's unit), its rows, and its digest.
 
-    The digest, a crc32c over the checksums of its chunks as stored, ties the item to its record: bytes that are whole
-    but of another item are not taken for it.
+    The digest, a crc32c of the item's bytes, ties it to its record: what is whole but another item is not taken for it.
     """
 
     array: int

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from cache_store.contract import CacheError
 from cache_store.object_path import ObjectPath

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from cache_store.contract import ArrayLayout, CacheSchemaError, FieldSpec, Placement, SegmentArray
 from cache_store.durable import file_sizes, fsync_folder, read_files

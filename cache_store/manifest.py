@@ -10,8 +10,8 @@ import shutil
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from awscrt.checksums import crc32c
 from blake3 import blake3
-from crc32c import crc32c
 
 from cache_store.backends import backend_names
 from cache_store.contract import CacheCorrupt, CacheError, CacheNotFound, CacheSchemaError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from cache_store.object_path import Root
 
-SCHEMA = 1
+SCHEMA = 2
 FORMAT = "diffsynth-pipe cache"
 SCRATCH = "tmp"
 SEGMENTS = "segments"
@@ -39,7 +39,7 @@ def read_manifest(root: Root) -> str:
     Raises:
         CacheNotFound: The folder is not a cache.
         CacheCorrupt: ``store.json`` is damaged.
-        CacheSchemaError: A newer version wrote the cache, or one with another backend.
+        CacheSchemaError: A newer version wrote the cache, or an older one, or one with another backend.
         CacheError: The disk refuses.
     """
     path = root / "store.json"
@@ -56,6 +56,10 @@ def read_manifest(root: Root) -> str:
     if not isinstance(manifest.get("schema"), int) or manifest["schema"] > SCHEMA:
         raise CacheSchemaError(
             f"{path}: schema {manifest.get('schema')!r} is newer than {SCHEMA}; upgrade diffsynth-pipe"
+        )
+    if manifest["schema"] < SCHEMA:
+        raise CacheSchemaError(
+            f"{path}: schema {manifest['schema']} is older than {SCHEMA}; encode again into another cache_path"
         )
     backend, known = manifest.get("backend"), backend_names()
     if backend not in known:

@@ -1,23 +1,24 @@
 """The reader: whole batches, straight from disk into reused buffers, every byte checked.
 
-An item is read in pieces by ``preadv``: chunk bodies land in the batch where they belong, the checksums between them in
-a scratch array, and each piece is verified in place while the processor's cache still holds it.
+An item is read in pieces by ``preadv``: its chunks land side by side in the batch where they belong, the checksums
+between them nowhere, and each piece is checked in place while the processor's cache still holds it.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from cache_store.backends import load_backend
 from cache_store.contract import CHECKSUM_BYTES, CacheCorrupt, CacheError
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
 
 _IOV_MAX = 1024
-_PIECE_BYTES = 1 << 18
+_PIECE_BYTES = 1 << 19
+_KEEP_GIL = 0
+"""A piece is checked in some 20 us; to give the interpreter away and to get it back can take longer."""
+_IGNORED = memoryview(bytearray(CHECKSUM_BYTES))
+"""Where the checksums between chunks go: an item is checked as a whole, against the digest in the snapshot."""
 _MAX_OPEN_FILES = 256
 _NUM_ATTEMPTS = 2
 
@@ -97,62 +102,50 @@ class _Item:
         position: Its sample.
         array: Number of its array.
         offset: Byte at which it starts.
-        num_bytes: Its bytes with checksums.
         chunk_bytes: Bytes of each chunk, without its checksum.
-        bodies: Where its chunks go; the last one without its tail.
-        tail: Where the zeros that fill its last chunk go, if any.
-        digest: The crc32c that its checksums, little-endian uint32, must have.
+        body: Where it goes.
+        digest: The crc32c that it must have.
     """
 
     field: str
     position: int
     array: int
     offset: int
-    num_bytes: int
     chunk_bytes: int
-    bodies: list[memoryview]
-    tail: memoryview | None
+    body: memoryview
     digest: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file from its first to its last, with the checksums between its chunks."""
+        return len(self.body) + max(0, len(self.body) - 1) // self.chunk_bytes * CHECKSUM_BYTES
+
     def fill(self, read: Callable[[list[memoryview], int, int], bool]) -> bool:
-        """Read it piece by piece, and verify each while the processor's cache holds it.
+        """Read it piece by piece, and check each while the processor's cache holds it.
 
         Args:
             read: Fills views with this many bytes from an offset on, and tells whether there were so many.
 
         Returns:
-            Whether it is the right item, and its checksums are those of the bodies that were read.
+            Whether it is what was written.
 
         Raises:
             EOFError: It is cut short.
         """
-        checksums = np.empty(len(self.bodies), "<u4")
-        trailers = _pieces(checksums.view(np.uint8).data, CHECKSUM_BYTES)
-        offset, found = self.offset, []
-        chunks_per_read = max(1, _PIECE_BYTES // self.chunk_bytes)
-        for first in range(0, len(self.bodies), chunks_per_read):
-            bodies = self.bodies[first : first + chunks_per_read]
-            checksum, start = 0, 0
-            # Of one large chunk all pieces but the last; the last goes with the checksum behind it.
-            for start in range(_PIECE_BYTES, len(bodies[0]), _PIECE_BYTES):
-                piece = bodies[0][start - _PIECE_BYTES : start]
-                if not read([piece], _PIECE_BYTES, offset):
-                    raise EOFError
-                checksum = crc32c(piece, checksum)
-                offset += _PIECE_BYTES
-            bodies[0] = bodies[0][start:]
-            views = [view for pair in zip(bodies, trailers[first:], strict=False) for view in pair]
-            num_bytes = len(bodies) * (self.chunk_bytes + CHECKSUM_BYTES) - start
-            if self.tail is not None and first + len(bodies) == len(self.bodies):
-                views.insert(-1, self.tail)
-            if not read(views, num_bytes, offset):
+        body, chunk_bytes = self.body, self.chunk_bytes
+        piece_bytes = _PIECE_BYTES // chunk_bytes * chunk_bytes or _PIECE_BYTES
+        checksum = 0
+        for start in range(0, len(body), piece_bytes):
+            end = min(start + piece_bytes, len(body))
+            next_chunk = start - start % chunk_bytes + chunk_bytes
+            views = [body[start : min(next_chunk, end)]]
+            for chunk in range(next_chunk, end, chunk_bytes):
+                views += (_IGNORED, body[chunk : min(chunk + chunk_bytes, end)])
+            num_bytes = end - start + len(views) // 2 * CHECKSUM_BYTES
+            if not read(views, num_bytes, self.offset + start + start // chunk_bytes * CHECKSUM_BYTES):
                 raise EOFError
-            offset += num_bytes
-            found.append(crc32c(bodies[0], checksum))
-            found += [crc32c(body) for body in bodies[1:]]
-        if self.tail is not None:
-            found[-1] = crc32c(self.tail, found[-1])
-        return crc32c(checksums) == self.digest and bool(found == checksums.tolist())
+            checksum = crc32c(body[start:end], checksum)
+        return checksum == self.digest
 
 
 class BatchReader:
@@ -271,12 +264,10 @@ class BatchReader:
                     f" {layout.item_shape}, others of its bucket have {first.item_shape}; encode into a new cache_path"
                 )
             used, chunk_bytes = rows * row_bytes, layout.chunk_bytes(rows)
-            bodies = _pieces(slot.data[:used], chunk_bytes)
-            offset, num_bytes = self._backend.offset(layout, start), len(bodies) * (chunk_bytes + CHECKSUM_BYTES)
             if used < slot.nbytes:
                 slot[used:] = 0
-            tail = memoryview(bytearray(-used % chunk_bytes)) if used % chunk_bytes else None
-            items.append(_Item(field, position, array, offset, num_bytes, chunk_bytes, bodies, tail, digest))
+            offset = self._backend.offset(layout, start)
+            items.append(_Item(field, position, array, offset, chunk_bytes, slot.data[:used], digest))
         values = slots.reshape(-1).view(first.spec.storage_dtype)
         rows_shape = (longest,) if first.spec.ragged else ()
         return values.reshape(len(positions), *rows_shape, *first.item_shape), num_rows, items
@@ -372,11 +363,6 @@ class BatchReader:
         )
 
 
-def _pieces(memory: memoryview, num_bytes: int) -> list[memoryview]:
-    """Return views of this many bytes each, the last one of what is left."""
-    return [memory[start : start + num_bytes] for start in range(0, len(memory), num_bytes)]
-
-
 def _read_scattered(fd: int, views: list[Any], num_bytes: int, offset: int) -> bool:
     """Fill all views, ``num_bytes`` in sum, with what stands from ``offset`` on; False if the file ends before."""
     while views:
@@ -407,7 +393,7 @@ def _scatter(data: memoryview, origin: int, views: list[memoryview], num_bytes: 
 
 
 class Prefetcher:
-    """Iterates over ``(tag, batch)`` in order, and reads ahead with threads into a ring of buffers.
+    """Iterates over ``(tag, batch)`` in order, and reads ahead into a ring of buffers; whoever has to wait reads too.
 
     The arrays of a batch are valid until the next one is asked for. An error of the reader, or of what names the
     batches, is raised in place of the batch that it befell, and ends the iteration.
@@ -415,10 +401,10 @@ class Prefetcher:
     Args:
         reader: What reads.
         batches: The tag and the positions of each batch, and what its reader is to read instead, if anything; consumed
-            at most ``depth`` ahead, by the threads, one at a time.
+            at most ``depth`` ahead, by any thread, one at a time.
         depth: How many batches to read ahead; more are asked for when half of them are used up.
-        num_threads: How many of them at once.
-        finish: Makes of a tag and a batch what is yielded in its place; called by the threads.
+        num_threads: How many threads read ahead.
+        finish: Makes of a tag and a batch what is yielded in its place; called by whoever read it.
     """
 
     def __init__(
@@ -427,21 +413,28 @@ class Prefetcher:
         batches: Iterable[tuple[Any, ...]],
         *,
         depth: int = 4,
-        num_threads: int = 2,
+        num_threads: int = 1,
         finish: Callable[[Any, RawBatch], Any] | None = None,
     ) -> None:
         self._reader = reader
         self._batches = iter(batches)
         self._finish = finish
-        self._lock = threading.Lock()
-        self._requests: dict[int, tuple[Any, ...] | Exception] = {}
-        self._num_taken = self._num_submitted = 0
-        self._is_closed = False
         self._depth = depth
-        self._free = deque(reader.buffers() for _ in range(depth))
-        self._queue: deque[tuple[Future[tuple[Any, Any]], Buffers]] = deque()
-        self._in_use: Buffers | None = reader.buffers()
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="cache-reader")
+        self._lock = threading.Lock()
+        self._num_taken = self._num_given = 0
+        self._is_exhausted = self._is_closed = False
+        self._free: SimpleQueue[Buffers | None] = SimpleQueue()
+        for _ in range(depth):
+            self._free.put(reader.buffers())
+        self._used = [reader.buffers()]
+        self._read_batches: SimpleQueue[tuple[int, tuple[Any, Any] | Exception, Buffers]] = SimpleQueue()
+        self._early: dict[int, tuple[tuple[Any, Any] | Exception, Buffers]] = {}
+        self._threads = [
+            threading.Thread(target=self._read_ahead, name=f"cache-reader-{number}", daemon=True)
+            for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def __iter__(self) -> Self:
         return self
@@ -449,27 +442,30 @@ class Prefetcher:
     def __next__(self) -> tuple[Any, Any]:
         if self._is_closed:
             raise StopIteration
-        if self._in_use is not None:
-            self._free.append(self._in_use)
-            self._in_use = None
+        while self._num_given not in self._early:
+            if self._used and self._read_batches.empty():
+                self._read_next(self._used.pop())
+            number, read, buffers = self._read_batches.get()
+            self._early[number] = read, buffers
+        batch, buffers = self._early.pop(self._num_given)
+        self._num_given += 1
         # Many at once: a thread that wakes up takes the interpreter from whoever asks for batches.
-        if 2 * len(self._queue) <= self._depth:
-            while self._free:
-                buffers = self._free.popleft()
-                self._queue.append((self._pool.submit(self._read, self._num_submitted, buffers), buffers))
-                self._num_submitted += 1
-        future, self._in_use = self._queue.popleft()
-        try:
-            return future.result()
-        except BaseException:
+        if 2 * len(self._used) >= self._depth:
+            while self._used:
+                self._free.put(self._used.pop())
+        if isinstance(batch, Exception):
             self.close()
-            raise
+            raise batch
+        self._used.append(buffers)
+        return batch
 
     def close(self) -> None:
         """Stop reading; iteration ends."""
-        self._batches = iter(())
-        self._pool.shutdown(cancel_futures=True)
-        self._is_closed = True
+        self._is_exhausted = self._is_closed = True
+        for _ in self._threads:
+            self._free.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -477,23 +473,31 @@ class Prefetcher:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, number: int, buffers: Buffers) -> tuple[Any, Any]:
-        """Read the batch of this number.
+    def _read_ahead(self) -> None:
+        while (buffers := self._free.get()) is not None:
+            self._read_next(buffers)
 
-        Raises:
-            StopIteration: There are fewer.
-        """
+    def _read_next(self, buffers: Buffers) -> None:
+        """Read the next batch that nobody reads yet, if there is one."""
         with self._lock:
-            # Another thread may have been here first, although it was given a later number.
-            while self._num_taken <= number:
-                try:
-                    self._requests[self._num_taken] = next(self._batches)
-                except Exception as error:  # noqa: BLE001 - it belongs to the batch of this number
-                    self._requests[self._num_taken] = error
-                self._num_taken += 1
-            request = self._requests.pop(number)
+            if self._is_exhausted:
+                return
+            number = self._num_taken
+            self._num_taken += 1
+            request: tuple[Any, ...] | Exception
+            try:
+                request = next(self._batches)
+            except Exception as error:  # noqa: BLE001 - it belongs to the batch of this number
+                request, self._is_exhausted = error, True
+        self._read_batches.put((number, self._read(request, buffers), buffers))
+
+    def _read(self, request: tuple[Any, ...] | Exception, buffers: Buffers) -> tuple[Any, Any] | Exception:
+        """Return a batch, or the error that takes its place."""
         if isinstance(request, Exception):
-            raise request
-        tag, positions, *instead = request
-        batch = self._reader.read(positions, buffers, *instead)
-        return tag, batch if self._finish is None else self._finish(tag, batch)
+            return request
+        try:
+            tag, positions, *instead = request
+            batch = self._reader.read(positions, buffers, *instead)
+            return tag, batch if self._finish is None else self._finish(tag, batch)
+        except Exception as error:  # noqa: BLE001 - raised where the batch is asked for
+            return error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from cache_store.backends import load_backend
 from cache_store.contract import CHECKSUM_BYTES, CacheCorrupt, CacheNotFound, Placement
@@ -103,11 +103,9 @@ def read_item(folder: Path, backend_name: str, layout: ArrayLayout, place: Place
     if len(data) < num_chunks * (chunk_bytes + CHECKSUM_BYTES):
         return None
     chunks = np.frombuffer(data, np.uint8).reshape(num_chunks, chunk_bytes + CHECKSUM_BYTES)
-    bodies, trailers = chunks[:, :chunk_bytes], np.ascontiguousarray(chunks[:, chunk_bytes:])
-    checksums = [crc32c(np.ascontiguousarray(body)) for body in bodies]
-    if crc32c(trailers) != place.digest or checksums != trailers.view("<u4").ravel().tolist():
+    values = np.ascontiguousarray(chunks[:, :chunk_bytes]).reshape(-1)[: place.num_rows * layout.row_bytes]
+    if crc32c(values) != place.digest:
         return None
-    values = np.ascontiguousarray(bodies).reshape(-1)[: place.num_rows * layout.row_bytes]
     shape = (place.num_rows, *layout.item_shape) if layout.spec.ragged else layout.item_shape
     return values.view(layout.spec.storage_dtype).reshape(shape)
 

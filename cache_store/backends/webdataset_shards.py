@@ -12,7 +12,7 @@ import tarfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from cache_store.contract import (
     CHECKSUM_BYTES,
@@ -91,10 +91,9 @@ class _Archive:
         placements = []
         start = self.file.num_bytes + tarfile.BLOCKSIZE + len(header)
         for number, (spec, item, body, checksum) in enumerate(zip(specs, items, bodies, checksums, strict=True)):
-            trailer = checksum.to_bytes(CHECKSUM_BYTES, "little")
-            parts += [body, trailer]
+            parts += [body, checksum.to_bytes(CHECKSUM_BYTES, "little")]
             num_rows = len(item) if spec.ragged else 1
-            placements.append(Placement(self.first_array + number, start, num_rows, crc32c(trailer)))
+            placements.append(Placement(self.first_array + number, start, num_rows, checksum))
             start += body.nbytes + CHECKSUM_BYTES
         self._write_member(f"{key}.safetensors", parts)
         fields = {

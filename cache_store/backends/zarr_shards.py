@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from cache_store.contract import (
     CHECKSUM_BYTES,
@@ -126,13 +126,12 @@ class _Shard:
         chunks[:num_full, :chunk_bytes] = data[: data.nbytes - rest].reshape(num_full, chunk_bytes)
         if rest:
             chunks[num_full, :rest] = data[data.nbytes - rest :]
-        checksums = [crc32c(chunk[:chunk_bytes]) for chunk in chunks]
-        trailers = np.array(checksums, "<u4").view(np.uint8)
-        chunks[:, chunk_bytes:] = trailers.reshape(-1, CHECKSUM_BYTES)
+        checksums = np.array([crc32c(chunk[:chunk_bytes]) for chunk in chunks], "<u4")
+        chunks[:, chunk_bytes:] = checksums.view(np.uint8).reshape(-1, CHECKSUM_BYTES)
         start = self.num_chunks
         self.file.write(chunks.reshape(-1))
         self.num_chunks += len(chunks)
-        return Placement(self.number, start, num_rows, crc32c(trailers))
+        return Placement(self.number, start, num_rows, crc32c(data))
 
     def finish(self) -> SegmentArray:
         """Append the index and make the file durable."""

@@ -76,7 +76,7 @@ class CachedSource:
         snapshot: Snapshot,
         fields: Sequence[str],
         caption_fields: Sequence[str] = (),
-        num_threads: int = 2,
+        num_threads: int = 1,
         copies: LocalCopies | None = None,
     ) -> None:
         self._snapshot = snapshot

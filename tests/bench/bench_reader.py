@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 import webdataset
 import zarr
-from crc32c import crc32c
+from awscrt.checksums import crc32c
 
 from cache_store.backends import backend_names, load_backend
 from cache_store.contract import CHECKSUM_BYTES, FieldSpec, Placement
@@ -156,7 +156,7 @@ def ways_to_read(root, data):
             archives = [str(path) for segment in segments for path in sorted(segment.iterdir())]
             ways["webdataset's iteration, in order"] = lambda _, archives=archives: collated(iterate_tar(archives))
         ways[f"BatchReader, {backend}, crc32c checked"] = batch_reader(snapshot)
-        ways[f"Prefetcher, {backend}, 2 threads, crc32c checked"] = prefetcher(snapshot, data)
+        ways[f"Prefetcher, {backend}, 1 thread ahead, crc32c checked"] = prefetcher(snapshot, data)
     return ways
 
 

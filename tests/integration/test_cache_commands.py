@@ -277,6 +277,7 @@ FOREIGN = {
     "store.json of something else": (other_store, ()),
     "store.json is a folder": (lambda root: (root / "store.json").mkdir(parents=True), ()),
     "newer store.json": (after(lambda root: write_store(root, schema=SCHEMA + 1)), ()),
+    "older store.json": (after(lambda root: write_store(root, schema=SCHEMA - 1)), ()),
     "newer backend": (after(lambda root: write_store(root, backend="parquet")), ()),
     "newer journal": (newer_journal, ("ls", "explain")),
     "newer snapshot": (newer_snapshot, ()),

@@ -12,7 +12,7 @@ import pytest
 from cache_store.backends import backend_names, load_backend
 from cache_store.contract import CacheCorrupt, CacheError, CacheNotFound, CacheSchemaError, FieldSpec
 from cache_store.maintain import collect_garbage, compact, repair
-from cache_store.manifest import encode_manifest
+from cache_store.manifest import SCHEMA, encode_manifest
 from cache_store.reader import BatchReader
 from cache_store.store import Cache, SealedSample
 from cache_store.verify import verify
@@ -263,7 +263,7 @@ def test_a_folder_that_is_no_cache_or_a_newer_one_is_refused(command, tmp_path, 
         with pytest.raises(CacheNotFound, match="is not a cache"):
             command(tmp_path / folder)
     path = cache.root / "store.json"
-    path.write_bytes(encode_manifest({**json.loads(path.read_text()), "schema": 2}))
+    path.write_bytes(encode_manifest({**json.loads(path.read_text()), "schema": SCHEMA + 1}))
     with pytest.raises(CacheSchemaError, match="newer"):
         command(cache.root)
 

@@ -20,6 +20,7 @@ from cache_store.contract import (
     FieldSpec,
     RecordRefused,
 )
+from cache_store.manifest import SCHEMA
 from cache_store.reader import BatchReader
 from cache_store.store import Cache, SealedSample, recipe_id, samples_digest
 
@@ -85,11 +86,12 @@ def test_a_folder_with_other_files_is_not_made_a_cache(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"schema": 2}, CacheSchemaError, "newer"),
+        ({"schema": SCHEMA + 1}, CacheSchemaError, "newer"),
+        ({"schema": SCHEMA - 1}, CacheSchemaError, "older"),
         ({"backend": "tape"}, CacheSchemaError, "'tape' is not one of"),
     ],
 )
-def test_a_newer_or_foreign_store_is_refused(cache, change, error, message):
+def test_a_newer_older_or_foreign_store_is_refused(cache, change, error, message):
     path = cache.root / "store.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(error, match=message):
@@ -349,7 +351,7 @@ def test_a_torn_or_damaged_journal_line_is_as_if_never_written(cache):
 
 
 def test_a_newer_journal_is_refused(cache):
-    payload = b'{"schema":2}'
+    payload = b'{"schema":%d}' % (SCHEMA + 1)
     line = b"%08x %b\n" % (google_crc32c.value(payload), payload)
     (cache.root / "journal" / "new.jsonl").write_bytes(line)
     with pytest.raises(CacheSchemaError, match="newer"):
