@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, device, dtype
     from torch.nn import Module
 
-    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components
+    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, LoraLayers
 
 NUM_TEXT_TOKENS = 512
 """What the text encoder is padded to, and its output after it: the denoiser has no mask, so zeros are a part of it."""
@@ -29,6 +29,24 @@ FRAMES_PER_LATENT = 4
 PATCH = 2
 """Latent pixels per side of one denoiser token."""
 LATENT_DIMS = ("channel", "frame", "height", "width")
+ORIGINAL_LAYERS: LoraLayers = {
+    **{f"blocks.{{}}.self_attn.{name}": (f"blocks.{{}}.attn1.to_{name}",) for name in "qkv"},
+    **{f"blocks.{{}}.cross_attn.{name}": (f"blocks.{{}}.attn2.to_{name}",) for name in "qkv"},
+    **{f"blocks.{{}}.cross_attn.{name}_img": (f"blocks.{{}}.attn2.add_{name}_proj",) for name in "kv"},
+    "blocks.{}.self_attn.o": ("blocks.{}.attn1.to_out.0",),
+    "blocks.{}.cross_attn.o": ("blocks.{}.attn2.to_out.0",),
+    "blocks.{}.ffn.0": ("blocks.{}.ffn.net.0.proj",),
+    "blocks.{}.ffn.2": ("blocks.{}.ffn.net.2",),
+    "text_embedding.0": ("condition_embedder.text_embedder.linear_1",),
+    "text_embedding.2": ("condition_embedder.text_embedder.linear_2",),
+    "time_embedding.0": ("condition_embedder.time_embedder.linear_1",),
+    "time_embedding.2": ("condition_embedder.time_embedder.linear_2",),
+    "time_projection.1": ("condition_embedder.time_proj",),
+    "img_emb.proj.1": ("condition_embedder.image_embedder.ff.net.0.proj",),
+    "img_emb.proj.3": ("condition_embedder.image_embedder.ff.net.2",),
+    "head.head": ("proj_out",),
+}
+"""The layers of the original weights, by whose names the reference and ComfyUI know them."""
 VIDEO_RECIPE = {"pixels": "x/255*2-1 in float32", "posterior": "mode", "normalization": "(z-mean)*(1/std) in float32"}
 
 
@@ -162,7 +180,13 @@ TEXT_ENCODER = ComponentSpec(
     subfolder="text_encoder", class_name="UMT5EncoderModel", load=load_text_encoder, companions=("tokenizer",)
 )
 VAE = ComponentSpec(subfolder="vae", class_name="AutoencoderKLWan", load=load_vae)
-DIT = ComponentSpec(subfolder="transformer", class_name="WanTransformer3DModel", load=load_dit, build=build_dit)
+DIT = ComponentSpec(
+    subfolder="transformer",
+    class_name="WanTransformer3DModel",
+    load=load_dit,
+    build=build_dit,
+    lora_layers={"diffusers": {}, "diffsynth": ORIGINAL_LAYERS, "comfyui": ORIGINAL_LAYERS},
+)
 TEXT_UNIT = EncodeUnit(
     name="text",
     inputs=("prompt",),

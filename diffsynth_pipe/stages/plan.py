@@ -166,15 +166,15 @@ def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:
 
 
 def check_switches(config: RunConfig, family: ModelFamily) -> None:
-    """Refuse a switch that none of the family's components has, and a LoRA format that names their layers otherwise.
+    """Refuse a switch that none of the family's components has, and a LoRA format that is not written for its layers.
 
     Raises:
         ConfigError: One is set.
     """
-    formats = family.components["dit"].lora_formats
-    if config.lora_base_model and config.lora_format not in formats:
+    formats = family.components["dit"].lora_layers
+    if config.lora_base_model and config.lora_file_format not in formats:
         raise ConfigError(
-            f"lora_format: {config.lora_format!r} has other names for the layers of family {config.family!r}, "
+            f"lora_format: {config.lora_file_format!r} has other names for the layers of family {config.family!r}, "
             f"which are not written yet; take {' or '.join(formats)}"
         )
     known = {name for spec in family.components.values() for name in spec.switches}
