@@ -339,7 +339,12 @@ class RunConfig(BaseModel):
     min_timestep_boundary: Fraction = _setting(
         "model-specific", "weights", 0.0, "Begin of the trained part of the family's grid, as a fraction of its steps."
     )
-    framewise_decoding: bool = _planned("model-specific", "weights", False, "Wan: decode frame by frame.")
+    framewise_decoding: bool = _setting(
+        "model-specific",
+        "cache",
+        False,
+        "Wan: make a latent frame of each frame, encoded alone, of any num_frames; for key frames.",
+    )
     tokenizer_1_path: str | None = _setting(
         "model-specific", "nothing", None, "FLUX.1: folder of CLIP's tokenizer; another name of tokenizer_path."
     )

@@ -102,6 +102,8 @@ class EncodeUnit:
         enabled_by: What ``extra_inputs`` must name for the unit to take part; None: it always does.
         note: Returns what a person should know of the record of these inputs, such as that a caption was cut; mostly
             None. Stored beside the record, and no part of the recipe.
+        switches: What takes its place where the boolean RunConfig fields of these names are set, with a recipe of its
+            own.
     """
 
     name: str
@@ -116,6 +118,7 @@ class EncodeUnit:
     media: Mapping[str, Media] = field(default_factory=dict)
     enabled_by: str | None = None
     note: Callable[[Components, Mapping[str, Any]], str | None] | None = None
+    switches: Mapping[str, EncodeUnit] = field(default_factory=dict)
 
     @property
     def extra_columns(self) -> tuple[str, ...]:

@@ -285,7 +285,7 @@ def test_a_format_that_a_family_does_not_write_is_refused():
         name = changes.get("lora_format", "comfyui")
         message = f"^lora_format: '{name}' has other names .*; take diffusers$"
         with pytest.raises(ConfigError, match=message):
-            check_switches(load_config(None, run | changes), SimpleNamespace(components={"dit": dit}))
+            check_switches(load_config(None, run | changes), SimpleNamespace(components={"dit": dit}, units=()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
