@@ -339,7 +339,12 @@ class RunConfig(BaseModel):
     min_timestep_boundary: Fraction = _setting(
         "model-specific", "weights", 0.0, "Begin of the trained part of the family's grid, as a fraction of its steps."
     )
-    framewise_decoding: bool = _planned("model-specific", "weights", False, "Wan: decode frame by frame.")
+    framewise_decoding: bool = _setting(
+        "model-specific",
+        "cache",
+        False,
+        "Wan: make a latent frame of each frame, encoded alone, of any num_frames; for key frames.",
+    )
     tokenizer_1_path: str | None = _setting(
         "model-specific", "nothing", None, "FLUX.1: folder of CLIP's tokenizer; another name of tokenizer_path."
     )
@@ -349,8 +354,11 @@ class RunConfig(BaseModel):
         None,
         "FLUX.1: folder of T5's tokenizer. Default: the one beside the second text encoder.",
     )
-    align_to_opensource_format: bool = _planned(
-        "model-specific", "nothing", False, "FLUX: save the LoRA under kohya's names."
+    align_to_opensource_format: bool = _setting(
+        "model-specific",
+        "weights",
+        False,
+        "FLUX.1: kohya's names in the LoRA file; another name of lora_format comfyui.",
     )
     enable_npu_patch: bool = _planned("model-specific", "nothing", False, "Z-Image: kernels for Ascend NPUs.")
     template_model_id_or_path: str | None = _planned("model-specific", "weights", None, "Template model.")
@@ -683,9 +691,19 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _one_lora_format(self) -> Self:
+        if self.align_to_opensource_format and self.lora_format == "diffsynth":
+            message = (
+                "align_to_opensource_format, lora_format: kohya's names are those of comfyui, not of diffsynth; set one"
+            )
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
     def _dora_in_its_only_format(self) -> Self:
-        if self.lora_use_dora and self.lora_format != "diffusers":
-            message = f"lora_use_dora, lora_format: {self.lora_format} cannot hold DoRA's norms; set it to diffusers"
+        if self.lora_use_dora and (name := self.lora_file_format) != "diffusers":
+            field = "align_to_opensource_format" if self.align_to_opensource_format else "lora_format"
+            message = f"lora_use_dora, {field}: {name} cannot hold DoRA's norms; set lora_format to diffusers alone"
             raise ValueError(message)
         return self
 
@@ -709,6 +727,11 @@ class RunConfig(BaseModel):
                 message = f"min_{kind}, max_{kind}: the range from {low:g} to {high:g} is empty"
                 raise ValueError(message)
         return self
+
+    @property
+    def lora_file_format(self) -> LoraFormat:
+        """``lora_format``, or what ``align_to_opensource_format`` is another name of."""
+        return "comfyui" if self.align_to_opensource_format else self.lora_format
 
     @property
     def task_name(self) -> str:

@@ -35,6 +35,10 @@ FIRST_FRAME_FIELD = "first_frame_latents"
 Media = Literal["image", "images", "video"]
 """How a cell is loaded: an RGB ``PIL.Image``; a list of them; uint8 frames ``[frame, height, width, 3]``."""
 
+LoraLayers = Mapping[str, tuple[str, ...]]
+"""The layers of a denoiser as a format of LoRA files has them: by their names there, each with diffusers' layers whose
+rows it stacks, all of them with ``{}`` for the number of a block. Empty: they are diffusers' own."""
+
 Components = Mapping[str, Any]
 """Loaded components by name. A value is a module, or the family's own bundle of it (as ``model``) and what it needs."""
 
@@ -98,6 +102,8 @@ class EncodeUnit:
         enabled_by: What ``extra_inputs`` must name for the unit to take part; None: it always does.
         note: Returns what a person should know of the record of these inputs, such as that a caption was cut; mostly
             None. Stored beside the record, and no part of the recipe.
+        switches: What takes its place where the boolean RunConfig fields of these names are set, with a recipe of its
+            own.
     """
 
     name: str
@@ -112,6 +118,7 @@ class EncodeUnit:
     media: Mapping[str, Media] = field(default_factory=dict)
     enabled_by: str | None = None
     note: Callable[[Components, Mapping[str, Any]], str | None] | None = None
+    switches: Mapping[str, EncodeUnit] = field(default_factory=dict)
 
     @property
     def extra_columns(self) -> tuple[str, ...]:
@@ -173,7 +180,7 @@ class ComponentSpec:
             components that are trained, which ZeRO-3 fills shard by shard.
         switches: What the boolean RunConfig fields of these names do to the loaded model, when they are set.
         other_class_names: What else ``config.json`` may call it; ``load`` tells them apart.
-        lora_formats: The values of ``lora_format`` whose programs know its layers by diffusers' names.
+        lora_layers: The values of ``lora_format`` that are written, each with its layers.
     """
 
     subfolder: str
@@ -185,7 +192,7 @@ class ComponentSpec:
     build: Callable[[Path], Module] | None = None
     switches: Mapping[str, Callable[[Module], None]] = field(default_factory=dict)
     other_class_names: tuple[str, ...] = ()
-    lora_formats: tuple[str, ...] = ("diffusers", "diffsynth", "comfyui")
+    lora_layers: Mapping[str, LoraLayers] = field(default_factory=lambda: {"diffusers": {}})
 
     @property
     def class_names(self) -> tuple[str, ...]:

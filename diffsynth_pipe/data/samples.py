@@ -18,7 +18,14 @@ from diffsynth_pipe.config import RunConfig, comma_list
 from diffsynth_pipe.contracts import CAPTION_COLUMN, EMPTY_CAPTION_ID, Sample
 from diffsynth_pipe.data.images import ImageInput, ImagesInput, TextInput, ValueInput, read_size_px, target_size_px
 from diffsynth_pipe.data.metadata import read_metadata
-from diffsynth_pipe.data.videos import StillInput, VideoInput, check_num_frames, is_image, read_video_size
+from diffsynth_pipe.data.videos import (
+    FRAMES_PER_LATENT,
+    StillInput,
+    VideoInput,
+    check_num_frames,
+    is_image,
+    read_video_size,
+)
 from diffsynth_pipe.errors import ConfigError, DataError
 from diffsynth_pipe.fingerprint import digest_files, json_digest
 
@@ -118,9 +125,9 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
 
 def _check_video_parameters(config: RunConfig, videos: Sequence[str]) -> None:
     if videos:
-        check_num_frames(config.num_frames)
+        check_num_frames(config.num_frames, _frames_per_latent(config))
         return
-    for name in ("num_frames", "fix_frame_rate"):
+    for name in ("num_frames", "fix_frame_rate", "framewise_decoding"):
         if getattr(config, name) != RunConfig.model_fields[name].default:
             raise ConfigError(
                 f"{name}: has no effect with family {config.family!r}, which reads no video; leave it out"
@@ -144,6 +151,10 @@ def _media_input(
     if is_image(path):
         return StillInput(ImageInput(**known))
     return VideoInput(**known, num_frames=shape[2], frame_rate=_frame_rate(config))
+
+
+def _frames_per_latent(config: RunConfig) -> int:
+    return 1 if config.framewise_decoding else FRAMES_PER_LATENT
 
 
 def _frame_rate(config: RunConfig) -> float | None:
@@ -276,7 +287,9 @@ def _measure(config: RunConfig, multiple: int, file: tuple[Path, bool]) -> tuple
     frames: tuple[int, ...] = (1,) if is_video else ()
     try:
         if is_video and not is_image(path):
-            video = read_video_size(path, config.num_frames, _frame_rate(config), apply_exif=upright)
+            video = read_video_size(
+                path, config.num_frames, _frame_rate(config), _frames_per_latent(config), apply_exif=upright
+            )
             width, height, frames = video.width, video.height, (video.num_frames,)
         else:
             width, height = read_size_px(path, upright)

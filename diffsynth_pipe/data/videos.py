@@ -112,16 +112,16 @@ class VideoSize:
     num_frames: int
 
 
-def check_num_frames(num_frames: int) -> None:
+def check_num_frames(num_frames: int, frames_per_latent: int) -> None:
     """Refuse a number of frames that is no whole number of latent frames.
 
     Raises:
         ConfigError: It is not.
     """
-    if num_frames % FRAMES_PER_LATENT != 1:
+    if (num_frames - 1) % frames_per_latent:
         raise ConfigError(
-            f"num_frames: {num_frames} is not a multiple of {FRAMES_PER_LATENT} plus 1; "
-            f"use {round((num_frames - 1) / FRAMES_PER_LATENT) * FRAMES_PER_LATENT + 1}"
+            f"num_frames: {num_frames} is not a multiple of {frames_per_latent} plus 1; "
+            f"use {round((num_frames - 1) / frames_per_latent) * frames_per_latent + 1}"
         )
 
 
@@ -144,17 +144,24 @@ def _image_format(path: Path) -> str | None:
         raise _unreadable(path, error) from error
 
 
-def read_video_size(path: Path, num_frames: int, frame_rate: float | None, *, apply_exif: bool) -> VideoSize:
+def read_video_size(
+    path: Path,
+    num_frames: int,
+    frame_rate: float | None,
+    frames_per_latent: int = FRAMES_PER_LATENT,
+    *,
+    apply_exif: bool,
+) -> VideoSize:
     """Measure a video: the first frame is decoded, and packets are counted, as headers may lie or keep silent.
 
-    The clip has ``num_frames`` frames, or of a shorter video as many as are a multiple of 4 plus 1. With ``frame_rate``
-    a video has as many frames as its duration has periods.
+    The clip has ``num_frames`` frames, or of a shorter video as many as are a multiple of ``frames_per_latent`` plus 1.
+    With ``frame_rate`` a video has as many frames as its duration has periods.
 
     Raises:
         DataError: The file is no video, holds no frame, or ends early.
     """
     if _image_format(path) == "GIF":
-        return _gif_size(path, num_frames, frame_rate)
+        return _gif_size(path, num_frames, frame_rate, frames_per_latent)
     first: Any = None
     num_packets = num_shown = 0
     times: list[Fraction] = []
@@ -187,14 +194,14 @@ def read_video_size(path: Path, num_frames: int, frame_rate: float | None, *, ap
     width, height = first.width, first.height
     if apply_exif and first.rotation % 180:
         width, height = height, width
-    return VideoSize(width, height, _clip_length(num_shown, num_frames))
+    return VideoSize(width, height, _clip_length(num_shown, num_frames, frames_per_latent))
 
 
-def _clip_length(num_shown: int, num_frames: int) -> int:
-    return (max(1, min(num_frames, num_shown)) - 1) // FRAMES_PER_LATENT * FRAMES_PER_LATENT + 1
+def _clip_length(num_shown: int, num_frames: int, frames_per_latent: int) -> int:
+    return (max(1, min(num_frames, num_shown)) - 1) // frames_per_latent * frames_per_latent + 1
 
 
-def _gif_size(path: Path, num_frames: int, frame_rate: float | None) -> VideoSize:
+def _gif_size(path: Path, num_frames: int, frame_rate: float | None, frames_per_latent: int) -> VideoSize:
     with closing(_gif_frames(path)) as frames:
         for num_shown, frame in enumerate(frames, start=1):  # noqa: B007 - the last one is wanted
             if frame_rate is None and num_shown == num_frames:
@@ -202,7 +209,7 @@ def _gif_size(path: Path, num_frames: int, frame_rate: float | None) -> VideoSiz
     duration = (frame.pts + frame.duration) * frame.time_base
     if frame_rate is not None:
         num_shown = int(duration * Fraction(frame_rate))
-    return VideoSize(*frame.image.size, _clip_length(num_shown, num_frames))
+    return VideoSize(*frame.image.size, _clip_length(num_shown, num_frames, frames_per_latent))
 
 
 @dataclass(frozen=True, slots=True)

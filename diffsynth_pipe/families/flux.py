@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, device, dtype
     from torch.nn import Module
 
-    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, ModelFamily
+    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, LoraLayers, ModelFamily
 
 NUM_CLIP_TOKENS = 77
 NUM_T5_TOKENS = 512
@@ -28,6 +28,53 @@ GUIDANCE = 1.0
 """What the denoiser is told in training, as the reference does: the data are samples without guidance."""
 PATCH = 2
 """Latent pixels per side of one denoiser token."""
+ORIGINAL_LAYERS: LoraLayers = {
+    "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{name}" for name in "qkv"),
+    "double_blocks.{}.txt_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.add_{name}_proj" for name in "qkv"),
+    "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+    "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+    "double_blocks.{}.img_mlp.0": ("transformer_blocks.{}.ff.net.0.proj",),
+    "double_blocks.{}.img_mlp.2": ("transformer_blocks.{}.ff.net.2",),
+    "double_blocks.{}.txt_mlp.0": ("transformer_blocks.{}.ff_context.net.0.proj",),
+    "double_blocks.{}.txt_mlp.2": ("transformer_blocks.{}.ff_context.net.2",),
+    "double_blocks.{}.img_mod.lin": ("transformer_blocks.{}.norm1.linear",),
+    "double_blocks.{}.txt_mod.lin": ("transformer_blocks.{}.norm1_context.linear",),
+    "single_blocks.{}.linear1": (
+        *(f"single_transformer_blocks.{{}}.attn.to_{name}" for name in "qkv"),
+        "single_transformer_blocks.{}.proj_mlp",
+    ),
+    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
+    "single_blocks.{}.modulation.lin": ("single_transformer_blocks.{}.norm.linear",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+}
+"""The layers of the original weights, which kohya's names are made of; ``norm_out.linear`` has its halves in the other
+order there, and no place here."""
+DIFFSYNTH_LAYERS: LoraLayers = {
+    name: ORIGINAL_LAYERS[original]
+    for name, original in {
+        "blocks.{}.attn.a_to_qkv": "double_blocks.{}.img_attn.qkv",
+        "blocks.{}.attn.b_to_qkv": "double_blocks.{}.txt_attn.qkv",
+        "blocks.{}.attn.a_to_out": "double_blocks.{}.img_attn.proj",
+        "blocks.{}.attn.b_to_out": "double_blocks.{}.txt_attn.proj",
+        "blocks.{}.ff_a.0": "double_blocks.{}.img_mlp.0",
+        "blocks.{}.ff_a.2": "double_blocks.{}.img_mlp.2",
+        "blocks.{}.ff_b.0": "double_blocks.{}.txt_mlp.0",
+        "blocks.{}.ff_b.2": "double_blocks.{}.txt_mlp.2",
+        "blocks.{}.norm1_a.linear": "double_blocks.{}.img_mod.lin",
+        "blocks.{}.norm1_b.linear": "double_blocks.{}.txt_mod.lin",
+        "single_blocks.{}.to_qkv_mlp": "single_blocks.{}.linear1",
+        "single_blocks.{}.proj_out": "single_blocks.{}.linear2",
+        "single_blocks.{}.norm.linear": "single_blocks.{}.modulation.lin",
+    }.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +163,7 @@ class Flux:
             class_name="FluxTransformer2DModel",
             load=load_dit,
             build=build_dit,
-            lora_formats=("diffusers",),
+            lora_layers={"diffusers": {}, "diffsynth": DIFFSYNTH_LAYERS, "comfyui": ORIGINAL_LAYERS},
         ),
     }
     units: tuple[EncodeUnit, ...] = (

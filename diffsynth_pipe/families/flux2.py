@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, device, dtype
     from torch.nn import Module
 
-    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, ModelFamily
+    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, LoraLayers, ModelFamily
 
 HIDDEN_LAYERS = {"Qwen3ForCausalLM": [9, 18, 27], "Mistral3ForConditionalGeneration": [10, 20, 30]}
 """The layers after which the hidden states are taken, and joined in each token."""
@@ -31,6 +31,30 @@ SYSTEM_MESSAGE = (
 GUIDANCE = 1.0
 """What a denoiser with an embedded guidance is told in training, as the reference does."""
 LATENT_DIMS = ("channel", "height", "width")
+ORIGINAL_LAYERS: LoraLayers = {
+    "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{name}" for name in "qkv"),
+    "double_blocks.{}.txt_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.add_{name}_proj" for name in "qkv"),
+    "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+    "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+    "double_blocks.{}.img_mlp.0": ("transformer_blocks.{}.ff.linear_in",),
+    "double_blocks.{}.img_mlp.2": ("transformer_blocks.{}.ff.linear_out",),
+    "double_blocks.{}.txt_mlp.0": ("transformer_blocks.{}.ff_context.linear_in",),
+    "double_blocks.{}.txt_mlp.2": ("transformer_blocks.{}.ff_context.linear_out",),
+    "single_blocks.{}.linear1": ("single_transformer_blocks.{}.attn.to_qkv_mlp_proj",),
+    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.attn.to_out",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+    "final_layer.linear": ("proj_out",),
+}
+"""The layers of the original weights, which kohya's names are made of; ``norm_out.linear`` has its halves in the other
+order there, and no place here."""
 
 
 def load_text_encoder(files: ComponentFiles, dtype: dtype, device: device) -> qwen3.TextEncoder:
@@ -124,7 +148,7 @@ class Flux2:
             class_name="Flux2Transformer2DModel",
             load=load_dit,
             build=build_dit,
-            lora_formats=("diffusers", "diffsynth"),
+            lora_layers={"diffusers": {}, "diffsynth": {}, "comfyui": ORIGINAL_LAYERS},
         ),
     }
     units: tuple[EncodeUnit, ...] = (

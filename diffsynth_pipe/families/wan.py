@@ -7,13 +7,14 @@ The two denoisers of A14B are trained one at a time, from one cache: the model e
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit
 from diffsynth_pipe.errors import ModelError
 from diffsynth_pipe.modeling import wan
-from diffsynth_pipe.modeling.fields import check_channels, noise_unit
+from diffsynth_pipe.modeling.fields import check_channels
 from diffsynth_pipe.modeling.loading import load_encoder
 from diffsynth_pipe.modeling.tiny import write_repository
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 SCALE = 8
 """Pixels per latent pixel."""
+CHANNELS = 16
+"""Of the latents."""
 CONDITION_CHANNELS = 20
 """Of ``y``: four of the mask, 16 of latents."""
 
@@ -62,37 +65,43 @@ def load_image_encoder(files: ComponentFiles, dtype: dtype, device: device) -> I
     return ImageEncoder(load_encoder(CLIPVisionModel, files, dtype, device), processor)
 
 
-def encode_first_frame(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Encode the condition ``y`` [20, frame, height, width] of the first frame; see ``condition``."""
-    return {"y": condition(components["vae"], inputs["video"], has_last=False)}
-
-
-def encode_first_and_last_frame(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Encode the condition ``y`` [20, frame, height, width] of the first and the last frame; see ``condition``.
-
-    Raises:
-        DataError: The clip has only one frame.
-    """
-    return {"y": condition(components["vae"], inputs["video"], has_last=True)}
-
-
-def condition(vae: Any, frames: Any, *, has_last: bool) -> Tensor:
-    """Return which frames are known, and the latents of a clip in which the others are grey.
+def encode_condition(
+    components: Components, inputs: Mapping[str, Any], *, has_last: bool, framewise: bool = False
+) -> dict[str, Tensor]:
+    """Encode which frames are known, and a clip in which the others are grey: ``y`` [20, frame, height, width].
 
     As ``WanImageToVideoPipeline.prepare_latents``: the mask has a channel for each of the four frames of a latent
-    frame, and the first frame, which has a latent frame of its own, stands in all four.
+    frame, and the first frame, which has a latent frame of its own, stands in all four. If each frame of the video has
+    one (``framewise``), the clip is as much longer, as in the reference.
     """
     import torch
 
-    video = wan.to_video(frames)
-    is_known = torch.zeros(len(frames))
-    is_known[0] = 1
-    if has_last:
-        is_known[-1] = 1
-    latents = wan.video_latents(vae, video * is_known[:, None, None])
+    vae, frames = components["vae"], inputs["video"]
+    known = [0, -1] if has_last else [0]
+    num_frames = (len(frames) - 1) * wan.FRAMES_PER_LATENT + 1 if framewise else len(frames)
+    is_known = torch.zeros(num_frames)
+    is_known[known] = 1
+    video = torch.zeros(3, num_frames, *frames.shape[1:3])
+    video[:, known] = wan.to_video(frames[known])
+    latents = wan.video_latents(vae, video)
     mask = torch.cat([is_known[:1].repeat(wan.FRAMES_PER_LATENT), is_known[1:]])
     mask = mask.view(-1, wan.FRAMES_PER_LATENT).T[:, :, None, None].expand(-1, -1, *latents.shape[2:])
-    return torch.cat([mask.to(latents.device), latents])
+    return {"y": torch.cat([mask.to(latents.device), latents])}
+
+
+def condition_unit(name: str, enabled_by: str, known_frames: str, *, has_last: bool) -> EncodeUnit:
+    """Return the unit that encodes ``y`` of the first frame, or of the first and the last."""
+    unit = EncodeUnit(
+        name=name,
+        inputs=("video",),
+        outputs=(FieldSpec(name="y", dtype="bfloat16", dims=wan.LATENT_DIMS),),
+        component="vae",
+        encode=partial(encode_condition, has_last=has_last),
+        media={"video": "video"},
+        enabled_by=enabled_by,
+        recipe={**wan.VIDEO_RECIPE, "known_frames": known_frames},
+    )
+    return wan.with_framewise(unit, partial(encode_condition, has_last=has_last, framewise=True))
 
 
 def encode_clip(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -129,27 +138,9 @@ class Wan:
     units: tuple[EncodeUnit, ...] = (
         wan.TEXT_UNIT,
         wan.LATENTS_UNIT,
-        EncodeUnit(
-            name="first_frame",
-            inputs=("video",),
-            outputs=(FieldSpec(name="y", dtype="bfloat16", dims=wan.LATENT_DIMS),),
-            component="vae",
-            encode=encode_first_frame,
-            media={"video": "video"},
-            enabled_by="input_image",
-            recipe={**wan.VIDEO_RECIPE, "known_frames": "first"},
-        ),
+        condition_unit("first_frame", "input_image", "first", has_last=False),
         # writes over the field of the unit before, which then does not run
-        EncodeUnit(
-            name="first_and_last_frame",
-            inputs=("video",),
-            outputs=(FieldSpec(name="y", dtype="bfloat16", dims=wan.LATENT_DIMS),),
-            component="vae",
-            encode=encode_first_and_last_frame,
-            media={"video": "video"},
-            enabled_by="end_image",
-            recipe={**wan.VIDEO_RECIPE, "known_frames": "first and last"},
-        ),
+        condition_unit("first_and_last_frame", "end_image", "first and last", has_last=True),
         EncodeUnit(
             name="clip",
             inputs=("video",),
@@ -161,16 +152,7 @@ class Wan:
             recipe={"hidden_state": "last but one"},
         ),
     )
-    noise_unit = noise_unit(
-        "video",
-        wan.LATENT_DIMS,
-        lambda video: (
-            16,
-            (len(video) - 1) // wan.FRAMES_PER_LATENT + 1,
-            video.shape[1] // SCALE,
-            video.shape[2] // SCALE,
-        ),
-    )
+    noise_unit = wan.row_noise_unit(CHANNELS, SCALE)
     schedule = wan.SCHEDULE
     size_multiple = SCALE * wan.PATCH
     latents_field = "latents"

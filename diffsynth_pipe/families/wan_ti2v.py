@@ -9,7 +9,7 @@ from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import FIRST_FRAME_FIELD, ComponentSpec, EncodeUnit
 from diffsynth_pipe.errors import ModelError
 from diffsynth_pipe.modeling import wan
-from diffsynth_pipe.modeling.fields import check_channels, noise_unit
+from diffsynth_pipe.modeling.fields import check_channels
 from diffsynth_pipe.modeling.tiny import write_repository
 
 if TYPE_CHECKING:
@@ -65,16 +65,7 @@ class WanTextImageToVideo:
             recipe=wan.VIDEO_RECIPE,
         ),
     )
-    noise_unit = noise_unit(
-        "video",
-        wan.LATENT_DIMS,
-        lambda video: (
-            CHANNELS,
-            (len(video) - 1) // wan.FRAMES_PER_LATENT + 1,
-            video.shape[1] // SCALE,
-            video.shape[2] // SCALE,
-        ),
-    )
+    noise_unit = wan.row_noise_unit(CHANNELS, SCALE)
     schedule = wan.SCHEDULE
     size_multiple = SCALE * wan.PATCH
     latents_field = "latents"

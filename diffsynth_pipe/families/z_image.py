@@ -18,10 +18,31 @@ if TYPE_CHECKING:
     from torch import Tensor, device, dtype
     from torch.nn import Module
 
-    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, ModelFamily
+    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, LoraLayers, ModelFamily
 
 PATCH = 2
 """Latent pixels per side of one denoiser token."""
+ORIGINAL_LAYERS: LoraLayers = {
+    **{
+        f"{block}.{{}}.{name}": tuple(f"{block}.{{}}.{part}" for part in parts)
+        for block in ("layers", "noise_refiner", "context_refiner")
+        for name, parts in {
+            "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+            "attention.out": ("attention.to_out.0",),
+            "feed_forward.w1": ("feed_forward.w1",),
+            "feed_forward.w2": ("feed_forward.w2",),
+            "feed_forward.w3": ("feed_forward.w3",),
+            "adaLN_modulation.0": ("adaLN_modulation.0",),
+        }.items()
+    },
+    "x_embedder": ("all_x_embedder.2-1",),
+    "cap_embedder.1": ("cap_embedder.1",),
+    "t_embedder.mlp.0": ("t_embedder.mlp.0",),
+    "t_embedder.mlp.2": ("t_embedder.mlp.2",),
+    "final_layer.linear": ("all_final_layer.2-1.linear",),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+}
+"""The layers of the original weights, which kohya's names are made of."""
 
 
 def load_dit(files: ComponentFiles, dtype: dtype, device: device) -> Any:
@@ -71,7 +92,7 @@ class ZImage:
             class_name="ZImageTransformer2DModel",
             load=load_dit,
             build=build_dit,
-            lora_formats=("diffusers", "diffsynth"),
+            lora_layers={"diffusers": {}, "diffsynth": {}, "comfyui": ORIGINAL_LAYERS},
         ),
     }
     units: tuple[EncodeUnit, ...] = (

@@ -129,7 +129,13 @@ def text_mask(batch: Batch) -> Tensor | None:
 
 
 VAE = ComponentSpec(subfolder="vae", class_name="AutoencoderKLQwenImage", load=load_vae)
-DIT = ComponentSpec(subfolder="transformer", class_name="QwenImageTransformer2DModel", load=load_dit, build=build_dit)
+DIT = ComponentSpec(
+    subfolder="transformer",
+    class_name="QwenImageTransformer2DModel",
+    load=load_dit,
+    build=build_dit,
+    lora_layers={"diffusers": {}, "diffsynth": {}, "comfyui": {}},
+)
 TEXT_FIELD = FieldSpec(name="prompt_emb", dtype="bfloat16", dims=("token", "channel"), ragged=True)
 LATENTS_UNIT = EncodeUnit(
     name="latents",

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import html
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
 from diffsynth_pipe.errors import CacheMismatch
+from diffsynth_pipe.modeling.fields import noise_unit
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, device, dtype
     from torch.nn import Module
 
-    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components
+    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, LoraLayers
 
 NUM_TEXT_TOKENS = 512
 """What the text encoder is padded to, and its output after it: the denoiser has no mask, so zeros are a part of it."""
@@ -29,6 +30,24 @@ FRAMES_PER_LATENT = 4
 PATCH = 2
 """Latent pixels per side of one denoiser token."""
 LATENT_DIMS = ("channel", "frame", "height", "width")
+ORIGINAL_LAYERS: LoraLayers = {
+    **{f"blocks.{{}}.self_attn.{name}": (f"blocks.{{}}.attn1.to_{name}",) for name in "qkv"},
+    **{f"blocks.{{}}.cross_attn.{name}": (f"blocks.{{}}.attn2.to_{name}",) for name in "qkv"},
+    **{f"blocks.{{}}.cross_attn.{name}_img": (f"blocks.{{}}.attn2.add_{name}_proj",) for name in "kv"},
+    "blocks.{}.self_attn.o": ("blocks.{}.attn1.to_out.0",),
+    "blocks.{}.cross_attn.o": ("blocks.{}.attn2.to_out.0",),
+    "blocks.{}.ffn.0": ("blocks.{}.ffn.net.0.proj",),
+    "blocks.{}.ffn.2": ("blocks.{}.ffn.net.2",),
+    "text_embedding.0": ("condition_embedder.text_embedder.linear_1",),
+    "text_embedding.2": ("condition_embedder.text_embedder.linear_2",),
+    "time_embedding.0": ("condition_embedder.time_embedder.linear_1",),
+    "time_embedding.2": ("condition_embedder.time_embedder.linear_2",),
+    "time_projection.1": ("condition_embedder.time_proj",),
+    "img_emb.proj.1": ("condition_embedder.image_embedder.ff.net.0.proj",),
+    "img_emb.proj.3": ("condition_embedder.image_embedder.ff.net.2",),
+    "head.head": ("proj_out",),
+}
+"""The layers of the original weights, by whose names the reference and ComfyUI know them."""
 VIDEO_RECIPE = {"pixels": "x/255*2-1 in float32", "posterior": "mode", "normalization": "(z-mean)*(1/std) in float32"}
 
 
@@ -122,6 +141,14 @@ def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[st
     return {"latents": video_latents(components["vae"], to_video(inputs["video"]))}
 
 
+def encode_framewise(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Encode each frame of the clip alone, a latent frame of its own: ``latents``."""
+    import torch
+
+    frames = to_video(inputs["video"]).split_with_sizes([1] * len(inputs["video"]), dim=1)
+    return {"latents": torch.cat([video_latents(components["vae"], frame) for frame in frames], dim=1)}
+
+
 def num_tokens(latents_shape: Sequence[int]) -> int:
     """Return the number of 1x2x2 patches of latents."""
     frames, height, width = latents_shape[-3:]
@@ -158,11 +185,38 @@ def check_present(shapes: Mapping[str, tuple[int, ...]], field: str, extra_input
         )
 
 
+def with_framewise(
+    unit: EncodeUnit, encode: Callable[[Components, Mapping[str, Any]], Mapping[str, Tensor]]
+) -> EncodeUnit:
+    """Return a unit with what encodes in its place under ``framewise_decoding``, for a latent frame of each frame."""
+    framewise = replace(unit, encode=encode, recipe={**unit.recipe, "framewise": True})
+    return replace(unit, switches={"framewise_decoding": framewise})
+
+
+def row_noise_unit(num_channels: int, scale: int) -> EncodeUnit:
+    """Return ``ModelFamily.noise_unit`` for latents of so many channels and pixels per latent pixel."""
+
+    def unit(frames_per_latent: int) -> EncodeUnit:
+        def latents_shape(video: NDArray[np.uint8]) -> tuple[int, ...]:
+            num_frames, height, width, _ = video.shape
+            return (num_channels, (num_frames - 1) // frames_per_latent + 1, height // scale, width // scale)
+
+        return noise_unit("video", LATENT_DIMS, latents_shape)
+
+    return with_framewise(unit(FRAMES_PER_LATENT), unit(1).encode)
+
+
 TEXT_ENCODER = ComponentSpec(
     subfolder="text_encoder", class_name="UMT5EncoderModel", load=load_text_encoder, companions=("tokenizer",)
 )
 VAE = ComponentSpec(subfolder="vae", class_name="AutoencoderKLWan", load=load_vae)
-DIT = ComponentSpec(subfolder="transformer", class_name="WanTransformer3DModel", load=load_dit, build=build_dit)
+DIT = ComponentSpec(
+    subfolder="transformer",
+    class_name="WanTransformer3DModel",
+    load=load_dit,
+    build=build_dit,
+    lora_layers={"diffusers": {}, "diffsynth": ORIGINAL_LAYERS, "comfyui": ORIGINAL_LAYERS},
+)
 TEXT_UNIT = EncodeUnit(
     name="text",
     inputs=("prompt",),
@@ -172,14 +226,17 @@ TEXT_UNIT = EncodeUnit(
     note=note_on_text,
     recipe={"clean": "html.unescape twice, spaces", "max_prompt_tokens": NUM_TEXT_TOKENS, "padded": True},
 )
-LATENTS_UNIT = EncodeUnit(
-    name="latents",
-    inputs=("video",),
-    outputs=(FieldSpec(name="latents", dtype="bfloat16", dims=LATENT_DIMS),),
-    component="vae",
-    encode=encode_latents,
-    media={"video": "video"},
-    recipe=VIDEO_RECIPE,
+LATENTS_UNIT = with_framewise(
+    EncodeUnit(
+        name="latents",
+        inputs=("video",),
+        outputs=(FieldSpec(name="latents", dtype="bfloat16", dims=LATENT_DIMS),),
+        component="vae",
+        encode=encode_latents,
+        media={"video": "video"},
+        recipe=VIDEO_RECIPE,
+    ),
+    encode_framewise,
 )
 SCHEDULE = FlowMatchSchedule(shift_type="linear", shift=5.0)
 LORA_TARGET_MODULES: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")

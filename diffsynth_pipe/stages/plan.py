@@ -35,8 +35,8 @@ State = Literal["Cached", "Resumed", "Completed"]
 
 STATE_OF_VERDICT: Mapping[Verdict, State] = {"hit": "Cached", "resume": "Resumed", "build": "Completed"}
 
-SWITCHES = ("zero_cond_t",)
-"""The RunConfig fields that ``ComponentSpec.switches`` may name."""
+SWITCHES = ("zero_cond_t", "framewise_decoding")
+"""The RunConfig fields that ``ComponentSpec.switches`` and ``EncodeUnit.switches`` may name."""
 
 TRAIN_VERSION = 1
 """Part of a training run's key; bumped by hand when the code changes the trained weights."""
@@ -144,11 +144,12 @@ def plan_cut(config: RunConfig, family: ModelFamily) -> Cut:
 
 
 def _enabled_units(config: RunConfig, units: Sequence[EncodeUnit]) -> list[EncodeUnit]:
-    """Return the units that take part in this run.
+    """Return the units that take part in this run, as its switches have them.
 
     Raises:
         ConfigError: ``extra_inputs`` names what no unit knows.
     """
+    units = [next((new for name, new in unit.switches.items() if getattr(config, name)), unit) for unit in units]
     named = comma_list(config.extra_inputs)
     known = dict.fromkeys(name for unit in units for name in (*unit.extra_columns, unit.enabled_by) if name)
     if unknown := [name for name in named if name not in known]:
@@ -166,18 +167,19 @@ def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:
 
 
 def check_switches(config: RunConfig, family: ModelFamily) -> None:
-    """Refuse a switch that none of the family's components has, and a LoRA format that names their layers otherwise.
+    """Refuse a switch that nothing of the family has, and a LoRA format that is not written for its layers.
 
     Raises:
         ConfigError: One is set.
     """
-    formats = family.components["dit"].lora_formats
-    if config.lora_base_model and config.lora_format not in formats:
+    formats = family.components["dit"].lora_layers
+    if config.lora_base_model and config.lora_file_format not in formats:
         raise ConfigError(
-            f"lora_format: {config.lora_format!r} has other names for the layers of family {config.family!r}, "
+            f"lora_format: {config.lora_file_format!r} has other names for the layers of family {config.family!r}, "
             f"which are not written yet; take {' or '.join(formats)}"
         )
     known = {name for spec in family.components.values() for name in spec.switches}
+    known |= {name for unit in family.units for name in unit.switches}
     for name in SWITCHES:
         if getattr(config, name) and name not in known:
             raise ConfigError(f"{name}: family {config.family!r} has no such switch; leave it out")

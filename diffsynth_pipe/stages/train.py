@@ -348,7 +348,7 @@ def _make_trainable(
     from diffsynth_pipe.training.engine import compute_dtype
     from diffsynth_pipe.training.fp8 import hold_in_fp8
     from diffsynth_pipe.training.lora import add_lora, fuse_lora, load_lora, lora_parameters, lora_settings
-    from diffsynth_pipe.training.lora_file import export_lora, read_lora
+    from diffsynth_pipe.training.lora_file import check_layers, export_lora, file_layers, read_lora
     from diffsynth_pipe.training.outputs import LoraOutput, ModelOutput, frozen_weights
 
     outputs: list[Output] = []
@@ -368,15 +368,17 @@ def _make_trainable(
                 lineage=lineage,
             )
         )
-    dit, prefix = components["dit"], family.lora_prefix
+    dit, prefix, tables = components["dit"], family.lora_prefix, family.components["dit"].lora_layers
+    read = partial(read_lora, model=dit, prefix=prefix, tables=tables.values())
     if config.preset_lora_path is not None:
-        fuse_lora(dit, read_lora(config.preset_lora_path, dit, prefix=prefix, parameter="preset_lora_path"))
+        fuse_lora(dit, read(config.preset_lora_path, parameter="preset_lora_path"))
     if config.lora_base_model:
         settings = lora_settings(config, family.lora_target_modules)
         add_lora(dit, settings, config.seed)
+        layers = file_layers(dit, tables[config.lora_file_format])
+        check_layers(lora_parameters(dit), layers, config.lora_file_format)
         if config.lora_checkpoint is not None:
-            file = read_lora(config.lora_checkpoint, dit, prefix=prefix, parameter="lora_checkpoint")
-            load_lora(dit, file, settings)
+            load_lora(dit, read(config.lora_checkpoint, parameter="lora_checkpoint"), settings)
         lora_names = {id(parameter): name for name, parameter in lora_parameters(dit).items()}
         outputs.append(
             LoraOutput(
@@ -389,10 +391,11 @@ def _make_trainable(
                 export=partial(
                     export_lora,
                     settings=settings,
-                    lora_format=config.lora_format,
+                    lora_format=config.lora_file_format,
                     prefix=prefix,
                     architecture=family.architecture,
                     resolution=resolution,
+                    layers=layers,
                 ),
                 lineage={**lineage, "lora_rank": settings.rank, "lora_alpha": settings.alpha},
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ from diffsynth_pipe.errors import ModelError, ModelFileMissing
 from diffsynth_pipe.training.lora import ADAPTER_NAME, linear_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
     from torch.nn import Module
 
     from diffsynth_pipe.config import LoraFormat
+    from diffsynth_pipe.contracts import LoraLayers
     from diffsynth_pipe.training.lora import LoraSettings
 
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
@@ -43,6 +44,50 @@ PARTS = {
 KEY = re.compile(rf"(.+)\.({'|'.join(PARTS)})(?:\.{ADAPTER_NAME})?(?:\.weight)?")
 
 
+def file_layers(model: Module, table: LoraLayers) -> dict[str, dict[str, int]]:
+    """Return the layers of a model as a format has them.
+
+    Args:
+        model: The denoiser, with or without a LoRA.
+        table: One of ``ComponentSpec.lora_layers``.
+
+    Returns:
+        Layers by their names in a file, each with the model's layers that it stacks and the rows of each of them.
+    """
+    linear = linear_layers(model)
+    if not table:
+        return {name: {name: layer.out_features} for name, layer in linear.items()}
+    numbers = sorted({number for name in linear for number in re.findall(r"\.(\d+)\.", name)}, key=int)
+    layers = {}
+    for name, templates in table.items():
+        for number in numbers if "{}" in name else ("",):
+            parts = [template.format(number) for template in templates]
+            if all(part in linear for part in parts):
+                layers[name.format(number)] = {part: linear[part].out_features for part in parts}
+    return layers
+
+
+def check_layers(names: Iterable[str], layers: Mapping[str, Mapping[str, int]], lora_format: LoraFormat) -> None:
+    """Refuse a LoRA on a layer that a format has no name for.
+
+    Args:
+        names: Of the weights, as ``lora.lora_parameters`` has them.
+        layers: What ``file_layers`` returns.
+        lora_format: For the message.
+
+    Raises:
+        ModelError: There is one.
+    """
+    known = {part for parts in layers.values() for part in parts}
+    for name in names:
+        layer = name.rpartition(".lora_")[0]
+        if layer not in known:
+            raise ModelError(
+                f"lora_target_modules: {layer!r} has no name in LoRA files of {lora_format}; leave it out, or set "
+                "lora_format to diffusers"
+            )
+
+
 def export_lora(
     tensors: Mapping[str, Tensor],
     settings: LoraSettings,
@@ -51,11 +96,13 @@ def export_lora(
     prefix: str,
     architecture: str,
     resolution: str | None = None,
+    layers: Mapping[str, Mapping[str, int]] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a file.
 
     ``diffusers`` keeps rank and alpha in the metadata, ``comfyui`` (kohya's names) has an alpha for each layer, and
-    ``diffsynth`` knows none, so that B takes up the scale there.
+    ``diffsynth`` knows none, so that B takes up the scale there. The LoRAs of layers that a format stacks are stacked
+    too: n of rank r make one of rank n·r, whose B is zero off its diagonal of blocks, as is what has no LoRA.
 
     Args:
         tensors: The weights, by the names of ``lora.lora_parameters``.
@@ -64,6 +111,7 @@ def export_lora(
         prefix: What diffusers puts before the denoiser's names: ``transformer``.
         architecture: ``ModelFamily.architecture``.
         resolution: What ``resolution_of`` returns.
+        layers: What ``file_layers`` returns, checked; None: those that have a LoRA, as they are.
 
     Returns:
         Tensors by their names in the file, and the metadata: what diffusers needs, and https://github.com/Stability-AI/ModelSpec
@@ -78,22 +126,37 @@ def export_lora(
     }
     if resolution is not None:
         metadata["modelspec.resolution"] = resolution
-    exported: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        layer, _, part = name.rpartition(".lora_")
-        match lora_format:
-            case "diffusers":
-                exported[f"{prefix}.{name}"] = tensor
-            case "diffsynth":
-                weight = tensor * settings.scale if part == "B.weight" and settings.scale != 1 else tensor
-                exported[f"{layer}.lora_{part.removesuffix('.weight')}.{ADAPTER_NAME}.weight"] = weight
-            case "comfyui":
-                flat = _flat(layer)
-                exported[f"{flat}.lora_{'down' if part == 'A.weight' else 'up'}.weight"] = tensor
-                exported[f"{flat}.alpha"] = torch.tensor(settings.scale * settings.rank)
     if lora_format == "diffusers":
         metadata[ADAPTER_METADATA_KEY] = json.dumps(_adapter(tensors, settings, prefix), sort_keys=True)
+        return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}, metadata
+    exported: dict[str, Tensor] = {}
+    for name, down, up in _stacked(tensors, layers):
+        if lora_format == "diffsynth":
+            exported[f"{name}.lora_A.{ADAPTER_NAME}.weight"] = down
+            exported[f"{name}.lora_B.{ADAPTER_NAME}.weight"] = up * settings.scale if settings.scale != 1 else up
+        else:
+            exported[f"{_flat(name)}.lora_down.weight"] = down
+            exported[f"{_flat(name)}.lora_up.weight"] = up
+            exported[f"{_flat(name)}.alpha"] = torch.tensor(settings.scale * down.shape[0])
     return exported, metadata
+
+
+def _stacked(
+    tensors: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, int]] | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the layers of a file that have a LoRA: name, A [rank, in] and B [out, rank]."""
+    pairs = {
+        name.removesuffix(".lora_A.weight"): (tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
+        for name, tensor in tensors.items()
+        if name.endswith(".lora_A.weight")
+    }
+    for name, parts in ({name: {name: 0} for name in pairs} if layers is None else layers).items():
+        trained = [pairs[part] for part in parts if part in pairs]
+        if trained:
+            down, up = trained[0]
+            absent = [(torch.zeros_like(down), up.new_zeros(num_rows, up.shape[1])) for num_rows in parts.values()]
+            downs, ups = zip(*map(pairs.get, parts, absent), strict=True)
+            yield name, torch.cat(downs), _block_diag(ups)
 
 
 def resolution_of(buckets: Iterable[str]) -> str | None:
@@ -167,7 +230,9 @@ class _Parts:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def read_lora(path: str | Path, model: Module, *, prefix: str, parameter: str) -> LoraFile:
+def read_lora(
+    path: str | Path, model: Module, *, prefix: str, parameter: str, tables: Iterable[LoraLayers] = ()
+) -> LoraFile:
     """Read a LoRA file in any of the three formats, which its keys tell, and check that it fits a model.
 
     Args:
@@ -175,6 +240,7 @@ def read_lora(path: str | Path, model: Module, *, prefix: str, parameter: str) -
         model: The denoiser, with or without a LoRA.
         prefix: What diffusers puts before the denoiser's names: ``transformer``.
         parameter: The RunConfig field that named the file, for messages.
+        tables: Of the formats, ``ComponentSpec.lora_layers``.
 
     Raises:
         ModelFileMissing: There is no such file.
@@ -183,9 +249,12 @@ def read_lora(path: str | Path, model: Module, *, prefix: str, parameter: str) -
     where = f"{parameter}: {path}"
     tensors, metadata = _read(Path(path), where)
     linear = linear_layers(model)
-    layer_of = {f"{start}{name}": name for name in linear for start in ("", f"{prefix}.", "diffusion_model.")}
-    layer_of |= {_flat(name): name for name in linear}
-    found: dict[str, _Parts] = {}
+    layers = file_layers(model, {})
+    for table in tables:
+        layers |= file_layers(model, table)
+    layer_of = {f"{start}{name}": name for name in layers for start in ("", f"{prefix}.", "diffusion_model.")}
+    layer_of |= {_flat(name): name for name in layers}
+    found: dict[tuple[str, ...], _Parts] = {}
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
@@ -197,7 +266,7 @@ def read_lora(path: str | Path, model: Module, *, prefix: str, parameter: str) -
             raise ModelError(
                 f"{where}: {key!r} is for no linear layer of {type(model).__name__}; take a LoRA of this model"
             )
-        parts = found.setdefault(layer_of[match[1]], _Parts())
+        parts = found.setdefault(tuple(layers[layer_of[match[1]]]), _Parts())
         part = PARTS[match[2]]
         if part in parts.keys:
             raise ModelError(f"{where}: {key!r} and {parts.keys[part]!r} are the same weight; take another file")
@@ -208,17 +277,51 @@ def read_lora(path: str | Path, model: Module, *, prefix: str, parameter: str) -
     if not found:
         raise ModelError(f"{where}: holds no weight; take another file")
     adapter = _read_adapter(metadata, prefix, where)
-    updates = {}
-    for name, parts in found.items():
-        _check_parts(parts, linear[name].in_features, linear[name].out_features, type(model).__name__, where)
-        updates[name] = LayerUpdate(
+    updates: dict[str, LayerUpdate] = {}
+    for names, parts in found.items():
+        num_rows = [linear[name].out_features for name in names]
+        _check_parts(parts, linear[names[0]].in_features, sum(num_rows), type(model).__name__, where)
+        update = LayerUpdate(
             key=parts.keys["down"],
             down=parts.tensors["down"],
             up=parts.tensors["up"],
-            scale=_scale(name, parts, adapter),
+            scale=_scale(names[0], parts, adapter),
             magnitude=parts.tensors.get("magnitude"),
         )
+        for name, share in zip(names, _split(update, num_rows), strict=True):
+            if share is not None and name in updates:
+                raise ModelError(
+                    f"{where}: {share.key!r} and {updates[name].key!r} are for the same layer; take another file"
+                )
+            if share is not None:
+                updates[name] = share
     return LoraFile(parameter=parameter, path=Path(path), updates=updates)
+
+
+def _split(update: LayerUpdate, num_rows: list[int]) -> list[LayerUpdate | None]:
+    """Return the updates of the layers that one of a file stacks; None for one that is nothing, as ``_stacked`` fills.
+
+    Where B is blocks of equal rank on the diagonal, each layer gets the rank of its block, else that of all.
+    """
+    if len(num_rows) == 1:
+        return [update]
+    ups = update.up.split_with_sizes(num_rows)
+    columns = [slice(None)] * len(ups)
+    if update.rank % len(ups) == 0:
+        rank = update.rank // len(ups)
+        blocks = [slice(start, start + rank) for start in range(0, update.rank, rank)]
+        if torch.equal(_block_diag([up[:, block] for up, block in zip(ups, blocks, strict=True)]), update.up):
+            columns = blocks
+    magnitudes = [None] * len(ups) if update.magnitude is None else update.magnitude.split_with_sizes(num_rows)
+    parts = [
+        replace(update, down=update.down[block], up=up[:, block], magnitude=magnitude)
+        for up, block, magnitude in zip(ups, columns, magnitudes, strict=True)
+    ]
+    return [part if part.down.any() or part.up.any() else None for part in parts]
+
+
+def _block_diag(blocks: Sequence[Tensor]) -> Tensor:
+    return torch.block_diag(*blocks)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _read(path: Path, where: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:

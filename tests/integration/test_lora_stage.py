@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_samples import write_media
 from safetensors.torch import load_file, save_file
 
 from diffsynth_pipe.config import load_config
+from diffsynth_pipe.contracts import load_family
+from diffsynth_pipe.errors import ModelError
 from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.train import main
@@ -59,6 +62,61 @@ def test_a_preset_lora_trains_the_difference(parameters, tiny_repo, tmp_path):
     for name, tensor in mine.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-4)
     assert len({first["key"], second["key"]}) == 2
+
+
+def test_flux_is_saved_under_kohyas_names_where_the_references_flag_asks_for_them(tmp_path, monkeypatch):
+    """To diffusers the file is the one with its own names."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "True")
+    repository = tmp_path / "models" / "tiny" / "flux"
+    load_family("flux").write_tiny(repository)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "metadata.csv").write_text(
+        f"image,prompt\n{write_media(tmp_path / 'data', 'image', 0)},a photo\n"
+    )
+    parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
+    parameters = {
+        "family": "flux",
+        "dataset_base_path": str(tmp_path / "data"),
+        "dataset_metadata_path": str(tmp_path / "data" / "metadata.csv"),
+        "encode_dtype": "float32",
+        "model_id_with_origin_paths": ",".join(f"tiny/flux:{part}/*.safetensors" for part in parts),
+        "output_path": str(tmp_path / "output"),
+        "lora_base_model": "dit",
+        "lora_target_modules": r"transformer_blocks\..*|single_transformer_blocks\..*proj_out",
+        "lora_rank": 4,
+        "lora_alpha": 6,
+        "learning_rate": 1e-2,
+        "num_epochs": 3,
+        "num_validation_samples": 0,
+    }
+
+    def fused(path):
+        dit = FluxTransformer2DModel.from_pretrained(repository / "transformer")
+        others = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+        pipeline = FluxPipeline(**dict.fromkeys(others), transformer=dit)
+        pipeline.load_lora_weights(path)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        return pipeline.transformer.state_dict()
+
+    plain, with_own_names = run(parameters)
+    aligned, path = run(parameters, align_to_opensource_format=True)
+    assert aligned["key"] != plain["key"]
+    names = load_file(path).keys()
+    assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in names
+    assert all(name.startswith("lora_unet_") for name in names)
+    expected = fused(with_own_names)
+    for name, weight in fused(path).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+
+    changes = {"align_to_opensource_format": True, "lora_target_modules": "to_q,norm_out.linear"}
+    with pytest.raises(
+        ModelError, match=r"^lora_target_modules: 'norm_out.linear' has no name in LoRA files of comfyui"
+    ):
+        run(parameters, **changes)
 
 
 def test_dropout_is_repeated_by_a_second_run_and_not_part_of_validation(parameters, tmp_path):

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from cache_store.store import Cache
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import load_family, load_task
-from diffsynth_pipe.errors import CacheMismatch, ModelError
+from diffsynth_pipe.errors import CacheMismatch, ConfigError, ModelError
 from diffsynth_pipe.families.wan import write_tiny_variant
 from diffsynth_pipe.stages.data_process import data_process
+from diffsynth_pipe.stages.plan import check_switches
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.flow_match import SigmaDistribution
 from diffsynth_pipe.training.loss_module import LossModule
@@ -128,6 +129,22 @@ def test_first_and_last_frame_go_through_the_cache(settings):
     without = settings("flf2v", extra_inputs=None, models=("transformer",), cache_path=f"{parameters['cache_path']}-2")
     with pytest.raises(CacheMismatch, match="lacks y, which this denoiser needs"):
         stages(without)
+
+
+def test_framewise_decoding_trains_on_a_latent_frame_of_each_frame(settings):
+    parameters = settings("i2v-a14b", extra_inputs="input_image", max_steps=1, num_frames=6)
+    with pytest.raises(ConfigError, match=r"^num_frames: 6 is not a multiple of 4 plus 1"):
+        stages(parameters)
+    result = stages({**parameters, "framewise_decoding": True})
+    assert result.summary["num_steps"] == 1
+    snapshot = Cache.open(Path(parameters["cache_path"])).latest()
+    shapes = {name: min(shapes) for name, shapes in snapshot.field_shapes().items()}
+    assert shapes["latents"] == (16, 6, 4, 6)
+    assert shapes["y"] == (20, 6, 4, 6)
+
+    run = load_config(None, {"dataset_base_path": "data", "family": "qwen_image", "framewise_decoding": True})
+    with pytest.raises(ConfigError, match=r"^framewise_decoding: family 'qwen_image' has no such switch; leave it out"):
+        check_switches(run, load_family("qwen_image"))
 
 
 @pytest.mark.parametrize(("variant", "model"), [("t2v", "transformer"), ("t2v-a14b", "transformer_2")])

@@ -9,11 +9,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from family_samples import batch_of_one, first_call, load_components, random_media
 
-from diffsynth_pipe.config import load_config
-from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.families.flux import PLUGIN, encode_pooled_text, encode_text, note_on_pooled_text, note_on_text
 from diffsynth_pipe.modeling.autoencoder_kl import encode_latents
-from diffsynth_pipe.stages.plan import check_switches
 from diffsynth_pipe.training.flow_match import resolution_shift, sigma_grid
 from diffsynth_pipe.training.lora import target_layers
 
@@ -151,14 +148,6 @@ def test_lora_targets_are_those_of_the_references_example(components):
         *("norm1.linear", "norm1_context.linear"),
     }
     assert len(layers) == 2 * (len(double) + len(single))
-
-
-@pytest.mark.parametrize("lora_format", ["diffsynth", "comfyui"])
-def test_a_lora_format_that_has_other_names_for_the_layers_is_refused(lora_format):
-    run = {"dataset_base_path": "data", "family": "flux", "lora_base_model": "dit"}
-    check_switches(load_config(None, run), PLUGIN)
-    with pytest.raises(ConfigError, match=rf"^lora_format: '{lora_format}' has other names .*; take diffusers$"):
-        check_switches(load_config(None, {**run, "lora_format": lora_format}), PLUGIN)
 
 
 def test_a_record_of_the_reference_becomes_fields():

@@ -239,6 +239,14 @@ def test_settings_of_a_run():
             {"lora_use_dora": True, "lora_format": "comfyui"},
             "lora_use_dora, lora_format: comfyui cannot hold DoRA's norms",
         ),
+        (
+            {"lora_use_dora": True, "align_to_opensource_format": True},
+            "lora_use_dora, align_to_opensource_format: comfyui cannot hold DoRA's norms",
+        ),
+        (
+            {"align_to_opensource_format": True, "lora_format": "diffsynth"},
+            "align_to_opensource_format, lora_format: kohya's names are those of comfyui, not of diffsynth; set one",
+        ),
         ({"lora_dropout": 1}, "lora_dropout: must be less than 1, got 1"),
         ({"lora_alpha": 0}, "lora_alpha: must be greater than 0, got 0"),
         ({"lora_format": "kohya"}, "lora_format: must be 'diffusers', 'diffsynth' or 'comfyui', got 'kohya'"),

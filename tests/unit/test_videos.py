@@ -73,6 +73,14 @@ def test_a_shorter_video_gives_a_multiple_of_4_plus_1(there, taken, tmp_path):
     assert frames_of(write_video(tmp_path / "a.mp4", there)) == list(range(taken))
 
 
+def test_where_each_frame_has_a_latent_frame_all_are_taken(tmp_path):
+    stills = [Image.new("RGB", (32, 32), (number * 30, 0, 0)) for number in range(8)]
+    stills[0].save(tmp_path / "a.gif", save_all=True, append_images=stills[1:])
+    for path in (write_video(tmp_path / "a.mp4", 8), tmp_path / "a.gif"):
+        for num_frames, taken in ((7, 7), (81, 8)):
+            assert read_video_size(path, num_frames, None, 1, apply_exif=True).num_frames == taken
+
+
 def test_ten_bits_become_eight(tmp_path):
     assert frames_of(write_video(tmp_path / "a.mp4", 9, pix_fmt="yuv420p10le")) == list(range(9))
 
@@ -252,7 +260,7 @@ def test_a_number_of_frames_that_no_latents_have_is_refused(tmp_path):
 def test_parameters_of_videos_are_refused_where_none_is_read(photos):
     settings = {"dataset_base_path": str(photos), "dataset_metadata_path": str(photos / "metadata.csv")}
     units = (EncodeUnit(name="x", inputs=("image",), outputs=(), component=None, encode=dict),)
-    for change in ({"num_frames": 5}, {"fix_frame_rate": True}):
+    for change in ({"num_frames": 5}, {"fix_frame_rate": True}, {"framewise_decoding": True}):
         with pytest.raises(ConfigError, match=rf"^{next(iter(change))}: has no effect with family 'qwen_image'"):
             list_samples(load_config(None, {**settings, **change}), units, 16)
 

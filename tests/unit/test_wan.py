@@ -167,6 +167,47 @@ def test_the_condition_equals_the_pipelines_prepare_latents(models, name):
         assert torch.equal(found, record["latents"][:, :1])
 
 
+def framewise(model):
+    """Return the units that take part under ``framewise_decoding``."""
+    return [unit.switches.get("framewise_decoding", unit) for unit in model.units]
+
+
+@pytest.mark.parametrize("name", ["t2v", "ti2v"])
+def test_a_framewise_latent_frame_is_that_of_its_frame_as_an_image(models, name):
+    """Six frames, which are no clip: each as the pipeline encodes a video of this one frame."""
+    model = models(name)
+    frames = model.video(num_frames=6)
+    unit = framewise(model)[1]
+    with torch.no_grad():
+        found = unit.encode(model.components, {"video": frames})["latents"]
+        expected = [model.encode(video=frames[number : number + 1])["latents"] for number in range(6)]
+    assert torch.equal(found, torch.cat(expected, dim=1))
+    assert not torch.equal(found[:, 1:2], model.encode(video=frames[:5])["latents"][:, 1:2])
+    noise = model.family.noise_unit.switches["framewise_decoding"]
+    inputs = {"video": frames, "seed": 1, "rand_device": "cpu"}
+    assert noise.encode({}, inputs)["noise"].shape == found.shape
+    for plain in (model.units[1], model.family.noise_unit):  # or a cache would mix them up
+        assert plain.recipe != plain.switches["framewise_decoding"].recipe
+
+
+@pytest.mark.parametrize("name", ["i2v-a14b", "flf2v"])
+def test_a_framewise_condition_is_that_of_a_clip_with_as_many_latent_frames(models, name):
+    model = models(name)
+    frames = model.video(num_frames=6)
+    record = {}
+    with torch.no_grad():
+        for unit in framewise(model):
+            record |= unit.encode(model.components, {"prompt": "a", "video": frames})
+        first, last = (model.pipeline.video_processor.preprocess(Image.fromarray(frames[index])) for index in (0, -1))
+        prepared = model.pipeline.prepare_latents(
+            first, 1, 16, model.height, model.width, num_frames=21, dtype=torch.float32,
+            last_image=last if name == "flf2v" else None,
+        )  # fmt: skip
+    assert torch.equal(record["y"][None], prepared[1])
+    noisy = torch.randn(1, *record["latents"].shape)
+    assert model.predict(model.batch(record), noisy, torch.ones(1)).shape == noisy.shape
+
+
 @pytest.mark.parametrize("name", ["i2v", "flf2v"])
 def test_clip_embeddings_equal_the_pipeline(models, name):
     model = models(name)
