@@ -93,7 +93,9 @@ class _Partition:
         if self._first is None:
             holder = Module()
             holder.register_parameter("first", parameter)
-            deepspeed.zero.Init(module=holder, dtype=self._dtype, config_dict_or_path=dict(self._settings))
+            # Its own argument for the dtype is passed over, for bf16, on processors without fp16.
+            dtypes = {"bf16": {"enabled": self._dtype is torch.bfloat16}, "fp16": {"enabled": False}}
+            deepspeed.zero.Init(module=holder, config_dict_or_path={**self._settings, **dtypes})
             self._first = parameter
         else:
             # What deepspeed.initialize calls for the parameters that it finds unpartitioned in a partitioned model.

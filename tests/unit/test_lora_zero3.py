@@ -73,7 +73,7 @@ def train(model, optimizer, backward):
 def partitioned_model():
     import deepspeed
 
-    with deepspeed.zero.Init(config_dict_or_path=DEEPSPEED, dtype=torch.float32):
+    with deepspeed.zero.Init(config_dict_or_path=DEEPSPEED):
         model = Model()
     whole = seeded_model().state_dict()
     for name, parameter in model.requires_grad_(False).named_parameters():

@@ -123,7 +123,7 @@ from diffsynth_pipe.training.weights import load_checkpoint
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler, and a minute
 deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 settings = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
-with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.float32):
+with deepspeed.zero.Init(config_dict_or_path=settings):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4))
 assert model[0].weight.numel() == 0
 load_checkpoint(model, pathlib.Path(sys.argv[1]), ["pipe.dit."])
