@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from cache_store.durable import replace_file
 from cache_store.object_path import SCHEME, root_of
-from diffsynth_pipe.contracts import load_task, plugin_names
+from diffsynth_pipe.contracts import Quantization, load_task, plugin_names
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 Affects = Literal["cache", "weights", "nothing"]
 Stage = Literal["data_process", "train"]
 LoraFormat = Literal["diffusers", "diffsynth", "comfyui"]
+
+QUANT_METHODS = ("bitsandbytes_nf4", "bitsandbytes_fp4")
+"""What ``quant_options`` can do, by the reference's names."""
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -167,7 +170,14 @@ class RunConfig(BaseModel):
         "Denoiser to start from, as full training saves it: a .safetensors file or a folder of shards with their index."
         " Weights only; the step counts from 0.",
     )
-    quant_options: str | None = _planned("model loading", "weights", None, "Quantisation, model:method[/excluded].")
+    quant_options: str | None = _setting(
+        "model loading",
+        "nothing",
+        None,
+        "Frozen models whose linear layers are held in 4 bits: entry:method or entry:method/excluded,layers, separated"
+        " by semicolons. An entry is one of the parameters above; methods are bitsandbytes_nf4 and bitsandbytes_fp4."
+        " Needs the extra quant; training needs use_gradient_checkpointing to keep the gain.",
+    )
 
     learning_rate: Positive = _setting(
         "training", "weights", 1e-4, "Peak learning rate. 1e-4 suits a LoRA, 1e-5 full training."
@@ -588,6 +598,12 @@ class RunConfig(BaseModel):
             return list(comma_list(value))
         return cls._parse_json(value)
 
+    @field_validator("quant_options")
+    @classmethod
+    def _quant_options(cls, value: str | None) -> str | None:
+        parse_quant_options(value)
+        return value
+
     @field_validator("*")
     @classmethod
     def _refuse_unsupported(cls, value: Any, info: ValidationInfo) -> Any:
@@ -762,7 +778,16 @@ class RunConfig(BaseModel):
                 return [absolute(item) for item in value]
             return value if value is None or value in ids or value.startswith(SCHEME) else str(Path(value).absolute())
 
-        return self.model_copy(update={name: absolute(getattr(self, name)) for name in _PATHS})
+        paths = {name: absolute(getattr(self, name)) for name in _PATHS}
+        if self.quant_options is not None:
+            paths["quant_options"] = ";".join(
+                f"{json.dumps(files) if isinstance(files, list) else files}:{quantization.method}"
+                f"/{','.join(quantization.excluded)}"
+                for files, quantization in (
+                    (absolute(entry), quantization) for entry, quantization in parse_quant_options(self.quant_options)
+                )
+            )
+        return self.model_copy(update=paths)
 
     def save(self, path: Path) -> None:
         """Write all values as YAML that ``load_config`` reads; atomically."""
@@ -800,6 +825,24 @@ def fields_that_affect(affects: Affects) -> list[str]:
 def comma_list(value: str | None) -> tuple[str, ...]:
     """Split ``"a, b"`` at its commas; None is empty."""
     return tuple(item for part in (value or "").split(",") if (item := part.strip()))
+
+
+def parse_quant_options(value: str | None) -> list[tuple[str | list[str], Quantization]]:
+    """Parse ``entry:method[/excluded,layers]; ...``, where an entry of several files is a JSON list.
+
+    Raises:
+        ValueError: It is malformed, or a method is none of ``QUANT_METHODS``.
+    """
+    options: list[tuple[str | list[str], Quantization]] = []
+    for item in filter(None, map(str.strip, (value or "").split(";"))):
+        entry, _, rest = item.rpartition(":")
+        method, _, excluded = rest.partition("/")
+        if not entry or method not in QUANT_METHODS:
+            message = f"{item!r} is not MODEL:METHOD[/LAYER,LAYER] with a method of {', '.join(QUANT_METHODS)}"
+            raise ValueError(message)
+        files = json.loads(entry) if entry.startswith("[") else entry
+        options.append((files, Quantization(method=method, excluded=comma_list(excluded))))
+    return options
 
 
 def suggest(name: str, known: list[str]) -> str:

@@ -137,27 +137,30 @@ def load_component(
     into its partitions as they are read. On a CPU that only costs time.
 
     Raises:
-        ConfigError: ``fp8_models`` names it, but its weights cannot be held so.
+        ConfigError: ``fp8_models`` or ``quant_options`` names it, but its weights cannot be held so.
         ModelError: The files are not the weights of the model that ``config.json`` describes.
     """
     settings = deepspeed_settings(accelerator) or {}
     is_zero3 = settings.get("zero_optimization", {}).get("stage") == 3
-    if files.fp8 and name in comma_list(config.trainable_models):
-        raise ConfigError(
-            f"fp8_models: names the {name}, which trainable_models trains in full; FP8 can only be trained by a LoRA"
-        )
-    if files.fp8 and is_zero3:
-        raise ConfigError(
-            f"fp8_models: names the {name}, but ZeRO-3 cannot partition weights in FP8; take another engine"
-        )
+    if files.fp8 or files.quantization:
+        flag, weights = ("fp8_models", "FP8") if files.fp8 else ("quant_options", "4 bits")
+        if name in comma_list(config.trainable_models):
+            raise ConfigError(
+                f"{flag}: names the {name}, which trainable_models trains in full; "
+                f"{weights} can only be trained by a LoRA"
+            )
+        if is_zero3:
+            raise ConfigError(
+                f"{flag}: names the {name}, but ZeRO-3 cannot partition weights in {weights}; take another engine"
+            )
     if is_zero3 and torch.cuda.is_available() and spec.build is not None:
         return load_partitioned(spec.build, files, compute_dtype(), accelerator.device, settings)
     return spec.load(files, compute_dtype(), load_device(accelerator, files, config))
 
 
 def load_device(accelerator: Accelerator, files: ComponentFiles, config: RunConfig) -> torch.device:
-    """Return where a component's weights are loaded; those in FP8 shrink before they go to the GPU."""
-    on_cpu = config.initialize_model_on_cpu or files.fp8 or _asked_for_deepspeed()
+    """Return where a component's weights are loaded; those in FP8 or 4 bits shrink before they stay on the GPU."""
+    on_cpu = config.initialize_model_on_cpu or files.fp8 or files.quantization or _asked_for_deepspeed()
     return torch.device("cpu") if on_cpu else accelerator.device
 
 

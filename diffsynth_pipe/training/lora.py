@@ -140,6 +140,7 @@ def add_lora(model: Module, settings: LoraSettings, seed: int) -> None:
         ModelError: A target matches no linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.utils.integrations import dequantize_module_weight
 
     layers = target_layers(model, settings.targets)
     lora = LoraConfig(
@@ -163,7 +164,7 @@ def add_lora(model: Module, settings: LoraSettings, seed: int) -> None:
         for name, parameter in lora_parameters(model).items():
             if name in norms:
                 with whole([norms[name].weight]):  # type: ignore[list-item]
-                    parameter.data = norms[name].weight.detach().float().norm(dim=1)
+                    parameter.data = dequantize_module_weight(norms[name]).detach().float().norm(dim=1)
 
 
 def lora_parameters(model: Module) -> dict[str, Parameter]:

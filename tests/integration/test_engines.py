@@ -14,7 +14,7 @@ import torch
 from small_trainings import free_port, launch, write_cache
 
 from diffsynth_pipe.config import load_config
-from diffsynth_pipe.contracts import ComponentFiles, load_family
+from diffsynth_pipe.contracts import ComponentFiles, Quantization, load_family
 from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.engine import _deepspeed_plugin, load_component, load_device, start_accelerator
@@ -23,6 +23,7 @@ from diffsynth_pipe.training.lora import LoraSettings, add_lora
 ONE_SHAPE = {"64x64": ((8, 8), (5, 9, 3, 12))}
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FAMILY = load_family("qwen_image")
+NF4 = Quantization(method="bitsandbytes_nf4")
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +312,31 @@ def test_fp8_trains_close_to_full_precision_under_another_key(parameters, plain,
     assert {tensor.dtype for tensor in lora.values()} == {torch.float32}
 
 
+def test_a_quantised_base_trains_close_to_full_precision_under_another_key(parameters, plain, tmp_path):
+    (file,) = json.loads(parameters["model_paths"])
+    runs = {}
+    for excluded in ("", "/img_mod.1,txt_mod.1"):
+        held = parameters | {"quant_options": f"{file}:bitsandbytes_nf4{excluded}", "use_gradient_checkpointing": True}
+        held["output_path"] = str(tmp_path / f"held{len(excluded)}")
+        train(load_config(None, held))
+        losses, lora, _ = runs[excluded] = trained(held)
+        assert losses != plain[0]
+        np.testing.assert_allclose(losses, plain[0], rtol=5e-2)
+        assert {tensor.dtype for tensor in lora.values()} == {torch.float32}
+    assert len({run["key"] for _, _, run in (plain, *runs.values())}) == 3
+    assert runs[""][0] != runs["/img_mod.1,txt_mod.1"][0]
+
+
+def test_zero2_trains_a_quantised_base_as_plain_torch(parameters, tmp_path):
+    (file,) = json.loads(parameters["model_paths"])
+    parameters |= {"quant_options": f"{file}:bitsandbytes_nf4"}
+    alone = parameters | {"output_path": str(tmp_path / "alone")}
+    train(load_config(None, alone))
+    done = launch(DEPLOY / "accelerate" / "zero2_cpu_offload.yaml", parameters)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(trained(parameters), trained(alone))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -332,13 +358,16 @@ def test_what_only_deepspeed_does_is_refused_without_it(parameters, values, mess
     [
         ({"trainable_models": "dit"}, None, "fp8_models: names the dit, which trainable_models trains in full"),
         ({}, {"zero_optimization": {"stage": 3}}, "fp8_models: names the dit, but ZeRO-3 cannot partition weights"),
+        ({"trainable_models": "dit"}, None, "quant_options: names the dit, which trainable_models trains in full"),
+        ({}, {"zero_optimization": {"stage": 3}}, "quant_options: names the dit, but ZeRO-3 cannot partition weights"),
     ],
 )
-def test_fp8_of_weights_that_cannot_be_held_so_is_refused(parameters, values, settings, message):
+def test_weights_that_cannot_be_held_so_are_refused(parameters, values, settings, message):
     config = load_config(None, parameters).model_copy(update=values)
     plugin = SimpleNamespace(deepspeed_config=settings) if settings else None
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-    files = ComponentFiles(weights=(), folder=Path(), fp8=True)
+    held = {"fp8": True} if message.startswith("fp8") else {"quantization": NF4}
+    files = ComponentFiles(weights=(), folder=Path(), **held)
     with pytest.raises(ConfigError, match=message) as error:
         load_component(accelerator, "dit", FAMILY.components["dit"], files, config)
     assert "\n" not in str(error.value)
@@ -357,3 +386,4 @@ def test_weights_go_to_the_cpu_first_where_they_must(parameters):
     assert load_device(gpu, files, config) == gpu.device
     assert load_device(gpu, files, on_cpu) == torch.device("cpu")
     assert load_device(gpu, dataclasses.replace(files, fp8=True), config) == torch.device("cpu")
+    assert load_device(gpu, dataclasses.replace(files, quantization=NF4), config) == torch.device("cpu")
