@@ -75,6 +75,8 @@ _ACTS_WITH = {
     "lr_power": ("lr_scheduler", ("polynomial",)),
     "ema_decay": ("use_ema", (True,)),
     "frame_rate": ("fix_frame_rate", (True,)),
+    "enable_optimizer_cpu_offload": ("enable_model_cpu_offload", (True,)),
+    "cpu_offload_split_threshold": ("enable_model_cpu_offload", (True,)),
 }
 """Fields that act only while another has one of these values, and are refused otherwise."""
 
@@ -414,10 +416,25 @@ class RunConfig(BaseModel):
         " the weights too.",
     )
 
-    enable_model_cpu_offload: bool = _planned("offload", "nothing", False, "Bring one layer at a time to the GPU.")
-    enable_optimizer_cpu_offload: bool = _planned("offload", "nothing", False, "Step the optimizer on the CPU.")
-    cpu_offload_split_threshold: int | None = _planned(
-        "offload", "nothing", None, "Modules above this many megabytes are split."
+    enable_model_cpu_offload: bool = _setting(
+        "offload",
+        "nothing",
+        False,
+        "Keep the denoiser's frozen weights in host memory and bring them to the GPU layer by layer, forward and"
+        " backward. For one process without DeepSpeed; slow.",
+    )
+    enable_optimizer_cpu_offload: bool = _setting(
+        "offload",
+        "nothing",
+        False,
+        "With enable_model_cpu_offload: trained weights come layer by layer too, and the optimizer steps on the CPU.",
+    )
+    cpu_offload_split_threshold: Count | None = _setting(
+        "offload",
+        "nothing",
+        None,
+        "With enable_model_cpu_offload: modules come as a whole that have at most so many times 1024² parameters."
+        " Default: every layer comes by itself.",
     )
 
     dmd2_student_update_freq: int = _dmd2(5, "Critic steps per student step.")
@@ -660,6 +677,16 @@ class RunConfig(BaseModel):
                     "'deepspeed'; set cpu_checkpointing in the DeepSpeed file's activation_checkpointing instead"
                 )
                 raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _offload_of_the_denoiser(self) -> Self:
+        others = [name for name in comma_list(self.trainable_models) if name != "dit"]
+        if self.enable_model_cpu_offload and others:
+            message = (
+                f"enable_model_cpu_offload: is for the denoiser, but trainable_models names {others[0]}; leave it out"
+            )
+            raise ValueError(message)
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from family_samples import PROMPTS, media_columns, sample_values, units_of
+from offloaded_weights import Watch
 from safetensors.torch import save_file
 
 from diffsynth_pipe.contracts import Batch, ComponentFiles, Quantization, load_family, plugin_names
@@ -20,6 +21,7 @@ from diffsynth_pipe.modeling.quantization import quantize
 from diffsynth_pipe.training.flow_match import sigma_grid
 from diffsynth_pipe.training.lora import LoraSettings, add_lora, lora_parameters, target_layers
 from diffsynth_pipe.training.lora_file import export_lora
+from diffsynth_pipe.training.offload import offload_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -329,6 +331,31 @@ def test_gradients_reach_the_denoiser(tiny):
     grads = [parameter.grad for parameter in dit.parameters() if parameter.grad is not None]
     assert any(float(grad.abs().max()) > 0 for grad in grads)
     assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+@pytest.mark.parametrize("split_threshold", [None, 1])
+def test_an_offloaded_denoiser_computes_with_copies_alone(tiny, split_threshold):
+    batch = collate(tiny.family, tiny.records)
+    noisy = batch.fields[tiny.family.latents_field].float()
+    results = []
+    for offloaded in (False, True):
+        dit = tiny.family.components["dit"].load(component_files(tiny.family, tiny.repo, "dit"), torch.float32, CPU)
+        dit.requires_grad_(True)
+        dit.train().enable_gradient_checkpointing()
+        if offloaded:
+            offload_weights(dit, CPU, split_threshold=split_threshold, offload_trained=True)
+        with Watch() as watch:
+            watch.homes_of(dit)
+            velocity = tiny.family.predict_velocity({"dit": dit}, batch, noisy, torch.full((len(PROMPTS),), 0.5))
+            velocity.square().mean().backward()
+        results.append((velocity, {name: parameter.grad for name, parameter in dit.named_parameters()}))
+    assert watch.num_trained
+    assert not watch.trained_used | watch.frozen_used
+    (velocity, gradients), (other, others) = results
+    assert torch.equal(velocity, other)
+    for name, gradient in gradients.items():
+        assert (gradient is None) is (others[name] is None), name
+        assert gradient is None or torch.equal(gradient, others[name]), name
 
 
 def test_the_default_lora_targets_are_linear_layers_of_the_blocks(tiny):

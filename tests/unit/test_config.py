@@ -210,6 +210,9 @@ OTHER_VALUES = {
     "num_validation_samples": ("4", 4, "nothing"),
     "validation_steps": ("10", 10, "nothing"),
     "early_stopping_patience": ("3", 3, "weights"),
+    "enable_model_cpu_offload": ("true", True, "nothing"),
+    "enable_optimizer_cpu_offload": ("true", True, "nothing"),
+    "cpu_offload_split_threshold": ("16", 16, "nothing"),
     "max_steps": ("100", 100, "weights"),
     "accelerate_config_file": ("a.yaml", "a.yaml", "nothing"),
 }
@@ -224,6 +227,8 @@ PARTNER = {
     "lr_power": {"lr_scheduler": "polynomial"},
     "ema_decay": {"use_ema": "true"},
     "frame_rate": {"fix_frame_rate": "true"},
+    "enable_optimizer_cpu_offload": {"enable_model_cpu_offload": "true"},
+    "cpu_offload_split_threshold": {"enable_model_cpu_offload": "true"},
     "gradient_checkpointing_backend": {"use_gradient_checkpointing": "true"},
     "swanlab_project": {"enable_swanlab_log": "true"},
     "wandb_project": {"enable_wandb_log": "true"},
