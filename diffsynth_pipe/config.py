@@ -364,7 +364,12 @@ class RunConfig(BaseModel):
     align_to_opensource_format: bool = _planned(
         "model-specific", "nothing", False, "FLUX: save the LoRA under kohya's names."
     )
-    enable_npu_patch: bool = _planned("model-specific", "nothing", False, "Z-Image: kernels for Ascend NPUs.")
+    enable_npu_patch: bool = _setting(
+        "model-specific",
+        "nothing",
+        False,
+        "Z-Image: fused operators of Ascend NPUs in the train stage. Needs torch_npu.",
+    )
     template_model_id_or_path: str | None = _planned("model-specific", "weights", None, "Template model.")
     enable_lora_hot_loading: bool = _planned(
         "model-specific", "weights", False, "Image-to-LoRA models: swap the LoRA while running."

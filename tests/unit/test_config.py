@@ -210,6 +210,7 @@ OTHER_VALUES = {
     "num_validation_samples": ("4", 4, "nothing"),
     "validation_steps": ("10", 10, "nothing"),
     "early_stopping_patience": ("3", 3, "weights"),
+    "enable_npu_patch": ("true", True, "nothing"),
     "enable_model_cpu_offload": ("true", True, "nothing"),
     "enable_optimizer_cpu_offload": ("true", True, "nothing"),
     "cpu_offload_split_threshold": ("16", 16, "nothing"),
