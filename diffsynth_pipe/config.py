@@ -811,13 +811,11 @@ class RunConfig(BaseModel):
             return value if value is None or value in ids or value.startswith(SCHEME) else str(Path(value).absolute())
 
         paths = {name: absolute(getattr(self, name)) for name in _PATHS}
-        if self.quant_options is not None:
+        options = [(absolute(entry), held) for entry, held in parse_quant_options(self.quant_options)]
+        if options:
             paths["quant_options"] = ";".join(
-                f"{json.dumps(files) if isinstance(files, list) else files}:{quantization.method}"
-                f"/{','.join(quantization.excluded)}"
-                for files, quantization in (
-                    (absolute(entry), quantization) for entry, quantization in parse_quant_options(self.quant_options)
-                )
+                f"{json.dumps(entry) if isinstance(entry, list) else entry}:{held.method}/{','.join(held.excluded)}"
+                for entry, held in options
             )
         return self.model_copy(update=paths)
 

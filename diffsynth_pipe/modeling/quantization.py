@@ -32,7 +32,7 @@ def quantize(model: Any, quantization: Quantization, device: device) -> None:
 
     linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     for excluded in quantization.excluded:
-        if not any(_is_named(name, excluded) for name in linear):
+        if not any(is_named(name, excluded) for name in linear):
             raise ModelError(
                 f"quant_options: {excluded!r} is no linear layer of {type(model).__name__}, which has such as "
                 f"{', '.join(list(linear)[:3])}; leave it out"
@@ -41,7 +41,7 @@ def quantize(model: Any, quantization: Quantization, device: device) -> None:
     chosen = [
         name
         for name in linear
-        if not any(_is_named(name, excluded) for excluded in (*quantization.excluded, "lm_head"))
+        if not any(is_named(name, excluded) for excluded in (*quantization.excluded, "lm_head"))
         and not set(name.split(".")) & set(fp32)
     ]
     if not chosen:
@@ -72,5 +72,6 @@ def _quantized(layer: Linear, method: str, device: device) -> Any:
     return quantized.train(layer.training)
 
 
-def _is_named(name: str, pattern: str) -> bool:
+def is_named(name: str, pattern: str) -> bool:
+    """Return whether a pattern names a layer: as a whole, or from a dot onwards."""
     return name == pattern or name.endswith(f".{pattern}")

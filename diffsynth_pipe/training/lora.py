@@ -13,6 +13,7 @@ import torch
 
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.errors import ModelError
+from diffsynth_pipe.modeling.quantization import is_named
 from diffsynth_pipe.training.zero3 import whole
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def target_layers(model: Module, targets: str | tuple[str, ...]) -> list[str]:
     else:
         for target in targets:
             _check_target(model, target)
-        found = [name for name in linear if any(_is_named(name, target) for target in targets)]
+        found = [name for name in linear if any(is_named(name, target) for target in targets)]
     return found
 
 
@@ -243,12 +244,8 @@ def _is_list(module: Module) -> bool:
     return isinstance(module, torch.nn.ModuleList)
 
 
-def _is_named(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
 def _check_target(model: Module, target: str) -> None:
-    matched = [(name, module) for name, module in model.named_modules() if _is_named(name, target)]
+    matched = [(name, module) for name, module in model.named_modules() if is_named(name, target)]
     wrong = [name for name, module in matched if not isinstance(module, torch.nn.Linear)]
     if matched and not wrong:
         return

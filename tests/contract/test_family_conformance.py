@@ -333,8 +333,7 @@ def test_gradients_reach_the_denoiser(tiny):
     assert all(bool(grad.isfinite().all()) for grad in grads)
 
 
-@pytest.mark.parametrize("split_threshold", [None, 1])
-def test_an_offloaded_denoiser_computes_with_copies_alone(tiny, split_threshold):
+def test_an_offloaded_denoiser_computes_with_copies_alone(tiny):
     batch = collate(tiny.family, tiny.records)
     noisy = batch.fields[tiny.family.latents_field].float()
     results = []
@@ -343,7 +342,7 @@ def test_an_offloaded_denoiser_computes_with_copies_alone(tiny, split_threshold)
         dit.requires_grad_(True)
         dit.train().enable_gradient_checkpointing()
         if offloaded:
-            offload_weights(dit, CPU, split_threshold=split_threshold, offload_trained=True)
+            offload_weights(dit, CPU, split_threshold=None, offload_trained=True)
         with Watch() as watch:
             watch.homes_of(dit)
             velocity = tiny.family.predict_velocity({"dit": dit}, batch, noisy, torch.full((len(PROMPTS),), 0.5))
