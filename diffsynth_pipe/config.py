@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from cache_store.durable import replace_file
 from cache_store.object_path import SCHEME, root_of
-from diffsynth_pipe.contracts import load_task, plugin_names
+from diffsynth_pipe.contracts import Quantization, load_task, plugin_names
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 Affects = Literal["cache", "weights", "nothing"]
 Stage = Literal["data_process", "train"]
 LoraFormat = Literal["diffusers", "diffsynth", "comfyui"]
+
+QUANT_METHODS = ("bitsandbytes_nf4", "bitsandbytes_fp4")
+"""What ``quant_options`` can do, by the reference's names."""
 
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -72,6 +75,8 @@ _ACTS_WITH = {
     "lr_power": ("lr_scheduler", ("polynomial",)),
     "ema_decay": ("use_ema", (True,)),
     "frame_rate": ("fix_frame_rate", (True,)),
+    "enable_optimizer_cpu_offload": ("enable_model_cpu_offload", (True,)),
+    "cpu_offload_split_threshold": ("enable_model_cpu_offload", (True,)),
 }
 """Fields that act only while another has one of these values, and are refused otherwise."""
 
@@ -167,7 +172,14 @@ class RunConfig(BaseModel):
         "Denoiser to start from, as full training saves it: a .safetensors file or a folder of shards with their index."
         " Weights only; the step counts from 0.",
     )
-    quant_options: str | None = _planned("model loading", "weights", None, "Quantisation, model:method[/excluded].")
+    quant_options: str | None = _setting(
+        "model loading",
+        "nothing",
+        None,
+        "Frozen models whose linear layers are held in 4 bits: entry:method or entry:method/excluded,layers, separated"
+        " by semicolons. An entry is one of the parameters above; methods are bitsandbytes_nf4 and bitsandbytes_fp4."
+        " Needs the extra quant; training needs use_gradient_checkpointing to keep the gain.",
+    )
 
     learning_rate: Positive = _setting(
         "training", "weights", 1e-4, "Peak learning rate. 1e-4 suits a LoRA, 1e-5 full training."
@@ -360,7 +372,12 @@ class RunConfig(BaseModel):
         False,
         "FLUX.1: kohya's names in the LoRA file; another name of lora_format comfyui.",
     )
-    enable_npu_patch: bool = _planned("model-specific", "nothing", False, "Z-Image: kernels for Ascend NPUs.")
+    enable_npu_patch: bool = _setting(
+        "model-specific",
+        "nothing",
+        False,
+        "Z-Image: fused operators of Ascend NPUs in the train stage. Needs torch_npu.",
+    )
     template_model_id_or_path: str | None = _planned("model-specific", "weights", None, "Template model.")
     enable_lora_hot_loading: bool = _planned(
         "model-specific", "weights", False, "Image-to-LoRA models: swap the LoRA while running."
@@ -412,10 +429,25 @@ class RunConfig(BaseModel):
         " the weights too.",
     )
 
-    enable_model_cpu_offload: bool = _planned("offload", "nothing", False, "Bring one layer at a time to the GPU.")
-    enable_optimizer_cpu_offload: bool = _planned("offload", "nothing", False, "Step the optimizer on the CPU.")
-    cpu_offload_split_threshold: int | None = _planned(
-        "offload", "nothing", None, "Modules above this many megabytes are split."
+    enable_model_cpu_offload: bool = _setting(
+        "offload",
+        "nothing",
+        False,
+        "Keep the denoiser's frozen weights in host memory and bring them to the GPU layer by layer, forward and"
+        " backward. For one process without DeepSpeed; slow.",
+    )
+    enable_optimizer_cpu_offload: bool = _setting(
+        "offload",
+        "nothing",
+        False,
+        "With enable_model_cpu_offload: trained weights come layer by layer too, and the optimizer steps on the CPU.",
+    )
+    cpu_offload_split_threshold: Count | None = _setting(
+        "offload",
+        "nothing",
+        None,
+        "With enable_model_cpu_offload: modules come as a whole that have at most so many times 1024² parameters."
+        " Default: every layer comes by itself.",
     )
 
     dmd2_student_update_freq: int = _dmd2(5, "Critic steps per student step.")
@@ -596,6 +628,12 @@ class RunConfig(BaseModel):
             return list(comma_list(value))
         return cls._parse_json(value)
 
+    @field_validator("quant_options")
+    @classmethod
+    def _quant_options(cls, value: str | None) -> str | None:
+        parse_quant_options(value)
+        return value
+
     @field_validator("*")
     @classmethod
     def _refuse_unsupported(cls, value: Any, info: ValidationInfo) -> Any:
@@ -652,6 +690,16 @@ class RunConfig(BaseModel):
                     "'deepspeed'; set cpu_checkpointing in the DeepSpeed file's activation_checkpointing instead"
                 )
                 raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _offload_of_the_denoiser(self) -> Self:
+        others = [name for name in comma_list(self.trainable_models) if name != "dit"]
+        if self.enable_model_cpu_offload and others:
+            message = (
+                f"enable_model_cpu_offload: is for the denoiser, but trainable_models names {others[0]}; leave it out"
+            )
+            raise ValueError(message)
         return self
 
     @model_validator(mode="after")
@@ -785,7 +833,14 @@ class RunConfig(BaseModel):
                 return [absolute(item) for item in value]
             return value if value is None or value in ids or value.startswith(SCHEME) else str(Path(value).absolute())
 
-        return self.model_copy(update={name: absolute(getattr(self, name)) for name in _PATHS})
+        paths = {name: absolute(getattr(self, name)) for name in _PATHS}
+        options = [(absolute(entry), held) for entry, held in parse_quant_options(self.quant_options)]
+        if options:
+            paths["quant_options"] = ";".join(
+                f"{json.dumps(entry) if isinstance(entry, list) else entry}:{held.method}/{','.join(held.excluded)}"
+                for entry, held in options
+            )
+        return self.model_copy(update=paths)
 
     def save(self, path: Path) -> None:
         """Write all values as YAML that ``load_config`` reads; atomically."""
@@ -823,6 +878,24 @@ def fields_that_affect(affects: Affects) -> list[str]:
 def comma_list(value: str | None) -> tuple[str, ...]:
     """Split ``"a, b"`` at its commas; None is empty."""
     return tuple(item for part in (value or "").split(",") if (item := part.strip()))
+
+
+def parse_quant_options(value: str | None) -> list[tuple[str | list[str], Quantization]]:
+    """Parse ``entry:method[/excluded,layers]; ...``, where an entry of several files is a JSON list.
+
+    Raises:
+        ValueError: It is malformed, or a method is none of ``QUANT_METHODS``.
+    """
+    options: list[tuple[str | list[str], Quantization]] = []
+    for item in filter(None, map(str.strip, (value or "").split(";"))):
+        entry, _, rest = item.rpartition(":")
+        method, _, excluded = rest.partition("/")
+        if not entry or method not in QUANT_METHODS:
+            message = f"{item!r} is not MODEL:METHOD[/LAYER,LAYER] with a method of {', '.join(QUANT_METHODS)}"
+            raise ValueError(message)
+        files = json.loads(entry) if entry.startswith("[") else entry
+        options.append((files, Quantization(method=method, excluded=comma_list(excluded))))
+    return options
 
 
 def suggest(name: str, known: list[str]) -> str:

@@ -148,6 +148,19 @@ def module_of(component: Any) -> Module:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How the linear layers of a frozen model are held.
+
+    Attributes:
+        method: One of ``config.QUANT_METHODS``.
+        excluded: Layers that stay as they are, by their names as a whole or from a dot onwards.
+    """
+
+    method: str
+    excluded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentFiles:
     """Where one component lies on this machine.
 
@@ -156,12 +169,14 @@ class ComponentFiles:
         folder: Holds ``config.json`` of the component.
         companions: Sibling folders that the component needs, by name: ``{"tokenizer": ...}``.
         fp8: Its weights are to be held in float8_e4m3fn: ``fp8_models`` names it.
+        quantization: How its weights are to be held if ``quant_options`` names it.
     """
 
     weights: tuple[Path, ...]
     folder: Path
     companions: Mapping[str, Path] = field(default_factory=dict)
     fp8: bool = False
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

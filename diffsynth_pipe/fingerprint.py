@@ -85,7 +85,7 @@ def digest_files(paths: Sequence[Path], num_threads: int) -> list[str]:
 def component_digest(files: ComponentFiles) -> str:
     """Return the digest of a component: its config, its weights and its companions by name and content, not by place.
 
-    Weights held in FP8 are other weights.
+    Weights held in FP8 or quantised are other weights.
 
     Raises:
         DataError: A file cannot be read, or changes while it is hashed.
@@ -94,8 +94,12 @@ def component_digest(files: ComponentFiles) -> str:
     for companion, folder in files.companions.items():
         named |= {f"{companion}/{file.name}": file for file in folder.iterdir() if _is_content(file)}
     digests = digest_files(list(named.values()), num_threads=min(4, os.cpu_count() or 1))
-    by_name: dict[str, Any] = dict(zip(named, digests, strict=True))
-    return json_digest(by_name | {"fp8": True} if files.fp8 else by_name)
+    content: dict[str, Any] = dict(zip(named, digests, strict=True))
+    if files.fp8:
+        content["fp8"] = True
+    if files.quantization is not None:
+        content["quantization"] = [files.quantization.method, *sorted(files.quantization.excluded)]
+    return json_digest(content)
 
 
 def unit_recipe(unit: EncodeUnit, component_digest: str | None, encode_dtype: str) -> dict[str, Any]:

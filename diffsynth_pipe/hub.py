@@ -12,9 +12,11 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from diffsynth_pipe.config import parse_quant_options
 from diffsynth_pipe.contracts import ComponentFiles, families_of
 from diffsynth_pipe.errors import ConfigError, ModelError, ModelFileMissing
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from diffsynth_pipe.config import RunConfig
-    from diffsynth_pipe.contracts import ComponentSpec, ModelFamily
+    from diffsynth_pipe.contracts import ComponentSpec, ModelFamily, Quantization
 
 WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 """What diffusers and transformers call a component's weights; ``from_pretrained`` reads no others from its folder."""
@@ -91,6 +93,7 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
     all_entries = _entries(config)
     fp8_entries = _repeated("fp8_models", config.fp8_models, all_entries)
     _repeated("offload_models", config.offload_models, all_entries)
+    quantizations = _quantizations(config, all_entries, fp8_entries)
     subfolders = {
         folder: name for name, spec in family.components.items() for folder in (spec.subfolder, *spec.other_subfolders)
     }
@@ -114,7 +117,7 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
             texts = " and ".join(repr(entry.text) for entry in entries)
             raise ModelError(f"{len(entries)} model entries name the {name}: {texts}; keep one, its shards in one list")
         files = _component_files(_locate(entries[0]), spec, config)
-        found[name] = replace(files, fp8=entries[0] in fp8_entries)
+        found[name] = replace(files, fp8=entries[0] in fp8_entries, quantization=quantizations.get(entries[0].text))
     if "dit" in found:
         _check_pipeline(found["dit"].folder.parent / "model_index.json", family, config)
     return found
@@ -158,6 +161,21 @@ def _repeated(name: str, items: list[str | list[str]] | None, entries: list[_Ent
             known = ", ".join(repr(entry.text) for entry in entries)
             raise ConfigError(f"{name}: {item!r} is no entry of the models; they are {known}")
         found += same
+    return found
+
+
+def _quantizations(config: RunConfig, entries: list[_Entry], fp8_entries: list[_Entry]) -> dict[str, Quantization]:
+    """Return how the entries that ``quant_options`` repeats are held, by their texts."""
+    found: dict[str, Quantization] = {}
+    for item, quantization in parse_quant_options(config.quant_options):
+        for entry in _repeated("quant_options", [item], entries):
+            if entry.text in found or entry in fp8_entries:
+                other = "quant_options" if entry.text in found else "fp8_models"
+                raise ConfigError(f"quant_options: {entry.text!r} is named by {other} already; name it once")
+            found[entry.text] = quantization
+    if found and find_spec("bitsandbytes") is None:
+        message = "quant_options: the extra quant is not installed; pip install 'diffsynth-pipe[quant]'"
+        raise ConfigError(message)
     return found
 
 

@@ -18,20 +18,21 @@ SAMPLES = {"64x64": ((8, 8), (5, 9, 3, 12)), "64x32": ((8, 4), (7, 4))}
 """Buckets: height and width of the latents, and the lengths of the prompts, one per sample."""
 
 
-def write_cache(root, buckets=SAMPLES):
-    """Write and seal a cache of the tiny Qwen-Image into a new folder; return the folder."""
+def write_cache(root, buckets=SAMPLES, family="qwen_image"):
+    """Write and seal a cache of a tiny family with units ``text`` and ``latents``; return the folder, which is new."""
     rng = np.random.default_rng(0)
-    specs = {unit.name: unit.outputs for unit in FAMILY.units}
+    specs = {unit.name: unit.outputs for unit in load_family(family).units}
+    num_frames = (1,) * ("frame" in specs["latents"][0].dims)
     cache, samples = Cache.open_or_new(root), []
     with cache.writer() as writer:
         for bucket, (size, lengths) in buckets.items():
             for length in lengths:
                 key = f"{len(samples):032x}"
-                writer.add("latents", key, {"latents": random_bf16(rng, (16, 1, *size))}, specs["latents"])
+                writer.add("latents", key, {"latents": random_bf16(rng, (16, *num_frames, *size))}, specs["latents"])
                 writer.add("text", key, {"prompt_emb": random_bf16(rng, (length, 64))}, specs["text"])
                 keys = {"latents": key, "text": key}
                 samples.append(SealedSample(sample_id=key, bucket=bucket, source=f"row {len(samples)}", keys=keys))
-    cache.seal(samples, {"family": "qwen_image"})
+    cache.seal(samples, {"family": family})
     return root
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
-from diffsynth_pipe.modeling import autoencoder_kl, qwen3
+from diffsynth_pipe.modeling import autoencoder_kl, npu, qwen3
 from diffsynth_pipe.modeling.fields import check_channels, note_on_truncation
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser
 from diffsynth_pipe.modeling.tiny import write_repository
@@ -85,6 +85,7 @@ class ZImage:
             load=qwen3.load_text_encoder,
             companions=("tokenizer",),
             trained_part="model.",
+            switches={"enable_npu_patch": npu.fuse_norms},
         ),
         "vae": autoencoder_kl.VAE,
         "dit": ComponentSpec(
@@ -93,6 +94,7 @@ class ZImage:
             load=load_dit,
             build=build_dit,
             lora_layers={"diffusers": {}, "diffsynth": {}, "comfyui": ORIGINAL_LAYERS},
+            switches={"enable_npu_patch": npu.fuse_rotary},
         ),
     }
     units: tuple[EncodeUnit, ...] = (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from diffsynth_pipe.modeling.quantization import quantize
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -14,17 +16,22 @@ if TYPE_CHECKING:
 
 
 def load_denoiser(model_class: Any, files: ComponentFiles, dtype: dtype, device: device) -> Any:
-    """Load a model in eval mode, frozen. ``files.fp8`` is left to training, which adds a LoRA before it casts."""
+    """Load a model in eval mode, frozen. Training holds it in FP8 or 4 bits later, when its weights are final."""
     model = model_class.from_pretrained(files.folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     return model.to(device).eval().requires_grad_(False)
 
 
 def load_encoder(model_class: Any, files: ComponentFiles, dtype: dtype, device: device) -> Any:
-    """Load a model in eval mode, frozen; with ``files.fp8`` its linear and convolution weights are held in FP8."""
-    model = load_denoiser(model_class, files, dtype, device)
+    """Load a model in eval mode, frozen; its weights are held in FP8 or quantised as ``files`` says."""
+    import torch
+
+    # Quantised on the way to the device, which never holds the whole model.
+    model = load_denoiser(model_class, files, dtype, torch.device("cpu") if files.quantization else device)
     if files.fp8:
         _hold_in_fp8(model, dtype)
-    return model
+    if files.quantization is not None:
+        quantize(model, files.quantization, device)
+    return model.to(device)
 
 
 def build_denoiser(model_class: Any, folder: Path) -> Module:

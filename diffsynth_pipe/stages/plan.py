@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +36,7 @@ State = Literal["Cached", "Resumed", "Completed"]
 
 STATE_OF_VERDICT: Mapping[Verdict, State] = {"hit": "Cached", "resume": "Resumed", "build": "Completed"}
 
-SWITCHES = ("zero_cond_t", "framewise_decoding")
+SWITCHES = ("zero_cond_t", "framewise_decoding", "enable_npu_patch")
 """The RunConfig fields that ``ComponentSpec.switches`` and ``EncodeUnit.switches`` may name."""
 
 TRAIN_VERSION = 1
@@ -183,6 +184,10 @@ def check_switches(config: RunConfig, family: ModelFamily) -> None:
     for name in SWITCHES:
         if getattr(config, name) and name not in known:
             raise ConfigError(f"{name}: family {config.family!r} has no such switch; leave it out")
+    if config.enable_npu_patch and find_spec("torch_npu") is None:
+        raise ConfigError(
+            "enable_npu_patch: torch_npu is not installed; install the one of your CANN and torch, or leave it out"
+        )
 
 
 def caption_fields(split: Cut) -> tuple[str, ...]:

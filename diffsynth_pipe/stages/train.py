@@ -41,6 +41,7 @@ from diffsynth_pipe.training.trackers import check_packages
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import torch
     from accelerate import Accelerator
     from torch import Tensor
 
@@ -225,6 +226,7 @@ def _load_models(
         files,
         lineage,
         resolution_of(source.bucket_sizes),
+        device=accelerator.device,
         writes=accelerator.is_main_process,
     )
     if recompute is not None:
@@ -338,13 +340,16 @@ def _make_trainable(
     lineage: Mapping[str, object],
     resolution: str | None,
     *,
+    device: torch.device,
     writes: bool,
 ) -> list[Output]:
     """Unfreeze what is to be trained, add the LoRA, and return what a checkpoint holds of both.
 
-    A preset LoRA is fused into the denoiser before, and the LoRA starts from a file, as far as the run names them.
-    Every rank must take part; ``writes`` says whether this one writes the checkpoints.
+    A preset LoRA is fused into the denoiser before, then its weights are quantised, and the LoRA starts from a file, as
+    far as the run names them. Every rank must take part; ``device`` is where this one trains, and ``writes`` says
+    whether it writes the checkpoints.
     """
+    from diffsynth_pipe.modeling.quantization import quantize
     from diffsynth_pipe.training.engine import compute_dtype
     from diffsynth_pipe.training.fp8 import hold_in_fp8
     from diffsynth_pipe.training.lora import add_lora, fuse_lora, load_lora, lora_parameters, lora_settings
@@ -372,6 +377,8 @@ def _make_trainable(
     read = partial(read_lora, model=dit, prefix=prefix, tables=tables.values())
     if config.preset_lora_path is not None:
         fuse_lora(dit, read(config.preset_lora_path, parameter="preset_lora_path"))
+    if files["dit"].quantization is not None:
+        quantize(dit, files["dit"].quantization, device)
     if config.lora_base_model:
         settings = lora_settings(config, family.lora_target_modules)
         add_lora(dit, settings, config.seed)

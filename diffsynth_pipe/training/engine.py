@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.errors import ConfigError, LaunchError
+from diffsynth_pipe.training.offload import offload_weights
 from diffsynth_pipe.training.optim import make_optimizer
 from diffsynth_pipe.training.partitioned import load_partitioned
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from diffsynth_pipe.config import RunConfig
     from diffsynth_pipe.contracts import ComponentFiles, ComponentSpec
+    from diffsynth_pipe.training.loss_module import LossModule
 
 PLAIN_TORCH = "engine plain torch"
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,12 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     deepspeed = _asked_for_deepspeed()
     if config.nvme_path is not None and not deepspeed:
         message = "nvme_path: only DeepSpeed offloads to it; leave it out, or set accelerate_config_file"
+        raise ConfigError(message)
+    if config.enable_model_cpu_offload and (deepspeed or _launched_world_size() > 1):
+        message = (
+            "enable_model_cpu_offload: is for one process without DeepSpeed, whose ZeRO offloads by itself; leave it"
+            " out, or set accelerate_config_file to deploy/accelerate/single_process.yaml"
+        )
         raise ConfigError(message)
     cpu_ranks = not torch.cuda.is_available() and _launched_world_size() > 1
     if not torch.cuda.is_available() and (deepspeed or cpu_ranks):
@@ -137,28 +145,36 @@ def load_component(
     into its partitions as they are read. On a CPU that only costs time.
 
     Raises:
-        ConfigError: ``fp8_models`` names it, but its weights cannot be held so.
+        ConfigError: ``fp8_models`` or ``quant_options`` names it, but its weights cannot be held so.
         ModelError: The files are not the weights of the model that ``config.json`` describes.
     """
     settings = deepspeed_settings(accelerator) or {}
     is_zero3 = settings.get("zero_optimization", {}).get("stage") == 3
-    if files.fp8 and name in comma_list(config.trainable_models):
-        raise ConfigError(
-            f"fp8_models: names the {name}, which trainable_models trains in full; FP8 can only be trained by a LoRA"
-        )
-    if files.fp8 and is_zero3:
-        raise ConfigError(
-            f"fp8_models: names the {name}, but ZeRO-3 cannot partition weights in FP8; take another engine"
-        )
+    if files.fp8 or files.quantization:
+        flag, weights = ("fp8_models", "FP8") if files.fp8 else ("quant_options", "4 bits")
+        if name in comma_list(config.trainable_models):
+            raise ConfigError(
+                f"{flag}: names the {name}, which trainable_models trains in full; "
+                f"{weights} can only be trained by a LoRA"
+            )
+        if is_zero3:
+            raise ConfigError(
+                f"{flag}: names the {name}, but ZeRO-3 cannot partition weights in {weights}; take another engine"
+            )
+        if config.enable_model_cpu_offload:
+            raise ConfigError(
+                f"{flag}: names the {name}, but enable_model_cpu_offload cannot move weights in {weights}; take one"
+            )
     if is_zero3 and torch.cuda.is_available() and spec.build is not None:
         return load_partitioned(spec.build, files, compute_dtype(), accelerator.device, settings)
     return spec.load(files, compute_dtype(), load_device(accelerator, files, config))
 
 
 def load_device(accelerator: Accelerator, files: ComponentFiles, config: RunConfig) -> torch.device:
-    """Return where a component's weights are loaded; those in FP8 shrink before they go to the GPU."""
-    on_cpu = config.initialize_model_on_cpu or files.fp8 or _asked_for_deepspeed()
-    return torch.device("cpu") if on_cpu else accelerator.device
+    """Return where a component's weights are loaded; those in FP8 or 4 bits shrink before they stay on the GPU."""
+    shrinks = files.fp8 or files.quantization is not None
+    stays = config.initialize_model_on_cpu or config.enable_model_cpu_offload or _asked_for_deepspeed()
+    return torch.device("cpu") if shrinks or stays else accelerator.device
 
 
 def set_find_unused_parameters(accelerator: Accelerator, model: Module, first_loss: Callable[[], Tensor]) -> None:
@@ -192,7 +208,7 @@ def set_find_unused_parameters(accelerator: Accelerator, model: Module, first_lo
         )
 
 
-def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
+def start(accelerator: Accelerator, model: LossModule, config: RunConfig) -> Engine:
     """Wrap the model and make its optimizer.
 
     Raises:
@@ -205,14 +221,24 @@ def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
             parameter.data = parameter.data.to(compute_dtype())
         for buffer in model.buffers():
             buffer.data = buffer.data.to(accelerator.device)
+    if config.enable_model_cpu_offload:
+        offload_weights(
+            model.models["dit"],
+            accelerator.device,
+            split_threshold=config.cpu_offload_split_threshold,
+            offload_trained=config.enable_optimizer_cpu_offload,
+        )
     optimizer = make_optimizer(config, trainable)
     if accelerator.num_processes > 1 and not _asked_for_deepspeed():
         # DDP would send the whole base from rank 0, which all ranks have read; and gloo cannot send FP8.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
         ignore(model, frozen)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    engine = _describe_engine(model)
+    placement = [False, True] if config.enable_model_cpu_offload else None
+    wrapped, optimizer = accelerator.prepare(model, optimizer, device_placement=placement)
+    engine = _describe_engine(wrapped)
+    if config.enable_model_cpu_offload:
+        engine += f", offload optimizer={'cpu' if config.enable_optimizer_cpu_offload else 'none'} param=cpu"
     dtype = compute_dtype()
     description = f"{engine}, world size {accelerator.num_processes}, compute {str(dtype).removeprefix('torch.')}"
     accelerator.print(description)
@@ -221,7 +247,7 @@ def start(accelerator: Accelerator, model: Module, config: RunConfig) -> Engine:
     if accelerator.num_processes > 1 and engine == PLAIN_TORCH:
         raise LaunchError(f"got {description!r}: the ranks would train apart; check the accelerate configuration")
     return Engine(
-        accelerator=accelerator, model=model, optimizer=optimizer, compute_dtype=dtype, description=description
+        accelerator=accelerator, model=wrapped, optimizer=optimizer, compute_dtype=dtype, description=description
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.errors import ModelError
+from diffsynth_pipe.modeling.quantization import is_named
 from diffsynth_pipe.training.zero3 import whole
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def target_layers(model: Module, targets: str | tuple[str, ...]) -> list[str]:
     else:
         for target in targets:
             _check_target(model, target)
-        found = [name for name in linear if any(_is_named(name, target) for target in targets)]
+        found = [name for name in linear if any(is_named(name, target) for target in targets)]
     return found
 
 
@@ -140,6 +141,7 @@ def add_lora(model: Module, settings: LoraSettings, seed: int) -> None:
         ModelError: A target matches no linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.utils.integrations import dequantize_module_weight
 
     layers = target_layers(model, settings.targets)
     lora = LoraConfig(
@@ -163,7 +165,7 @@ def add_lora(model: Module, settings: LoraSettings, seed: int) -> None:
         for name, parameter in lora_parameters(model).items():
             if name in norms:
                 with whole([norms[name].weight]):  # type: ignore[list-item]
-                    parameter.data = norms[name].weight.detach().float().norm(dim=1)
+                    parameter.data = dequantize_module_weight(norms[name]).detach().float().norm(dim=1)
 
 
 def lora_parameters(model: Module) -> dict[str, Parameter]:
@@ -242,12 +244,8 @@ def _is_list(module: Module) -> bool:
     return isinstance(module, torch.nn.ModuleList)
 
 
-def _is_named(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
 def _check_target(model: Module, target: str) -> None:
-    matched = [(name, module) for name, module in model.named_modules() if _is_named(name, target)]
+    matched = [(name, module) for name, module in model.named_modules() if is_named(name, target)]
     wrong = [name for name, module in matched if not isinstance(module, torch.nn.Linear)]
     if matched and not wrong:
         return

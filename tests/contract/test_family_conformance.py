@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from family_samples import PROMPTS, media_columns, sample_values, units_of
+from offloaded_weights import Watch
 from safetensors.torch import save_file
 
-from diffsynth_pipe.contracts import Batch, ComponentFiles, load_family, plugin_names
+from diffsynth_pipe.contracts import Batch, ComponentFiles, Quantization, load_family, plugin_names
 from diffsynth_pipe.errors import CacheMismatch, ModelError
+from diffsynth_pipe.modeling.quantization import quantize
 from diffsynth_pipe.training.flow_match import sigma_grid
 from diffsynth_pipe.training.lora import LoraSettings, add_lora, lora_parameters, target_layers
 from diffsynth_pipe.training.lora_file import export_lora
+from diffsynth_pipe.training.offload import offload_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -191,6 +194,40 @@ def test_encoders_in_fp8_encode_as_weights_that_were_rounded(tiny):
         torch.testing.assert_close(value, tiny.records[1][name].reshape_as(value), rtol=0.2, atol=0.3)
 
 
+def test_models_in_4_bits_compute_as_weights_that_were_rounded(tiny):
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    quantization = Quantization(method="bitsandbytes_nf4")
+    held, rounded = {}, {}
+    for name, spec in components_of(tiny.family).items():
+        files = component_files(tiny.family, tiny.repo, name)
+        rounded[name] = spec.load(files, torch.float32, CPU)
+        if name == "vae":  # nearly all of its layers are convolutions
+            held[name] = rounded[name]
+            continue
+        held[name] = spec.load(dataclasses.replace(files, quantization=quantization), torch.float32, CPU)
+        if name == "dit":
+            quantize(held[name], quantization, CPU)
+        for module, plain in zip(modules_of(held[name]), modules_of(rounded[name]), strict=True):
+            layers = {path: part for path, part in module.named_modules() if isinstance(part, Linear4bit)}
+            linear = [path for path, part in plain.named_modules() if isinstance(part, torch.nn.Linear)]
+            assert len(layers) > len(linear) / 2, name
+            for path, layer in layers.items():
+                plain.get_submodule(path).weight.data = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    found, expected = ([encode(tiny.family, parts, seed) for seed in range(len(PROMPTS))] for parts in (held, rounded))
+    for seed, record in enumerate(found):
+        for name, value in record.items():
+            assert torch.equal(value, expected[seed][name]), name
+    batch = collate(tiny.family, found)
+    noisy = batch.fields[tiny.family.latents_field].float().requires_grad_()
+    sigma = torch.full((len(PROMPTS),), 0.5)
+    velocities = [tiny.family.predict_velocity({"dit": parts["dit"]}, batch, noisy, sigma) for parts in (held, rounded)]
+    gradients = [torch.autograd.grad(velocity.square().mean(), noisy)[0] for velocity in velocities]
+    assert torch.equal(*velocities)
+    assert torch.equal(*gradients)
+
+
 def test_units_form_a_graph_over_the_metadata_columns(tiny):
     known = {"prompt", *media_columns(units_of(tiny.family.units))}
     for unit in units_of(tiny.family.units):
@@ -294,6 +331,30 @@ def test_gradients_reach_the_denoiser(tiny):
     grads = [parameter.grad for parameter in dit.parameters() if parameter.grad is not None]
     assert any(float(grad.abs().max()) > 0 for grad in grads)
     assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+def test_an_offloaded_denoiser_computes_with_copies_alone(tiny):
+    batch = collate(tiny.family, tiny.records)
+    noisy = batch.fields[tiny.family.latents_field].float()
+    results = []
+    for offloaded in (False, True):
+        dit = tiny.family.components["dit"].load(component_files(tiny.family, tiny.repo, "dit"), torch.float32, CPU)
+        dit.requires_grad_(True)
+        dit.train().enable_gradient_checkpointing()
+        if offloaded:
+            offload_weights(dit, CPU, split_threshold=None, offload_trained=True)
+        with Watch() as watch:
+            watch.homes_of(dit)
+            velocity = tiny.family.predict_velocity({"dit": dit}, batch, noisy, torch.full((len(PROMPTS),), 0.5))
+            velocity.square().mean().backward()
+        results.append((velocity, {name: parameter.grad for name, parameter in dit.named_parameters()}))
+    assert watch.num_trained
+    assert not watch.trained_used | watch.frozen_used
+    (velocity, gradients), (other, others) = results
+    assert torch.equal(velocity, other)
+    for name, gradient in gradients.items():
+        assert (gradient is None) is (others[name] is None), name
+        assert gradient is None or torch.equal(gradient, others[name]), name
 
 
 def test_the_default_lora_targets_are_linear_layers_of_the_blocks(tiny):

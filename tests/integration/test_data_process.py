@@ -289,9 +289,12 @@ def test_the_demo_cache_is_little_more_than_its_tensors(run_config):
     assert summary["disk_bytes"] <= 1.05 * summary["payload_bytes"]
 
 
-def test_an_encoder_in_fp8_makes_records_of_its_own_and_leaves_the_others(run_config, model_ids):
+@pytest.mark.parametrize(("parameter", "method"), [("fp8_models", ""), ("quant_options", ":bitsandbytes_nf4")])
+def test_an_encoder_held_in_fewer_bits_makes_records_of_its_own_and_leaves_the_others(
+    run_config, model_ids, parameter, method
+):
     encoded = data_process(run_config()).summary["encoded"]
-    held = run_config(fp8_models=model_ids("text_encoder"))
+    held = run_config(**{parameter: model_ids("text_encoder") + method})
     result = data_process(held)
     assert result.summary["encoded"] == {"text": encoded["text"]}
     assert data_process(run_config()).summary["encoded"] == {}

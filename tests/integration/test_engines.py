@@ -11,18 +11,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from offloaded_weights import Watch
 from small_trainings import free_port, launch, write_cache
 
 from diffsynth_pipe.config import load_config
-from diffsynth_pipe.contracts import ComponentFiles, load_family
+from diffsynth_pipe.contracts import ComponentFiles, Quantization, load_family
 from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.engine import _deepspeed_plugin, load_component, load_device, start_accelerator
 from diffsynth_pipe.training.lora import LoraSettings, add_lora
+from diffsynth_pipe.training.offload import offload_weights
 
 ONE_SHAPE = {"64x64": ((8, 8), (5, 9, 3, 12))}
 DEPLOY = Path(__file__).parents[2] / "deploy"
 FAMILY = load_family("qwen_image")
+NF4 = Quantization(method="bitsandbytes_nf4")
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +314,95 @@ def test_fp8_trains_close_to_full_precision_under_another_key(parameters, plain,
     assert {tensor.dtype for tensor in lora.values()} == {torch.float32}
 
 
+def test_a_quantised_base_trains_close_to_full_precision_under_another_key(parameters, plain, tmp_path):
+    (file,) = json.loads(parameters["model_paths"])
+    runs = {}
+    for excluded in ("", "/img_mod.1,txt_mod.1"):
+        held = parameters | {"quant_options": f"{file}:bitsandbytes_nf4{excluded}", "use_gradient_checkpointing": True}
+        held["output_path"] = str(tmp_path / f"held{len(excluded)}")
+        train(load_config(None, held))
+        losses, lora, _ = runs[excluded] = trained(held)
+        assert losses != plain[0]
+        np.testing.assert_allclose(losses, plain[0], rtol=5e-2)
+        assert {tensor.dtype for tensor in lora.values()} == {torch.float32}
+    assert len({run["key"] for _, _, run in (plain, *runs.values())}) == 3
+    assert runs[""][0] != runs["/img_mod.1,txt_mod.1"][0]
+
+
+def test_zero2_trains_a_quantised_base_as_plain_torch(parameters, tmp_path):
+    (file,) = json.loads(parameters["model_paths"])
+    parameters |= {"quant_options": f"{file}:bitsandbytes_nf4"}
+    alone = parameters | {"output_path": str(tmp_path / "alone")}
+    train(load_config(None, alone))
+    done = launch(DEPLOY / "accelerate" / "zero2_cpu_offload.yaml", parameters)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(trained(parameters), trained(alone))
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Sees what a training does with the weights that it offloads."""
+    with Watch() as watch:
+
+        def offload(model, device, **settings):
+            offload_weights(model, device, **settings)
+            watch.homes_of(model)
+
+        monkeypatch.setattr("diffsynth_pipe.training.engine.offload_weights", offload)
+        yield watch
+
+
+MODEL = {"enable_model_cpu_offload": True}
+OPTIMIZER = MODEL | {"enable_optimizer_cpu_offload": True}
+
+
+@pytest.mark.parametrize(
+    ("offload", "peaks", "moves_the_lora"),
+    [
+        (MODEL, (0.01, 0.1), False),  # one layer
+        (MODEL | {"cpu_offload_split_threshold": 1}, (0.4, 0.6), False),  # one of two blocks
+        (OPTIMIZER | {"num_validation_samples": 2}, (0.01, 0.1), True),
+        (OPTIMIZER | {"use_gradient_checkpointing": True}, (0.2, 0.6), True),
+    ],
+)
+def test_offloaded_weights_come_piece_by_piece_and_train_to_the_same_bytes(
+    parameters, plain, watch, offload, peaks, moves_the_lora
+):
+    train(load_config(None, parameters | offload))
+    losses, lora, run = trained(parameters)
+    assert losses == plain[0]
+    assert lora.keys() == plain[1].keys()
+    assert all(torch.equal(tensor, plain[1][name]) for name, tensor in lora.items())
+    assert run["key"] == plain[2]["key"]
+    optimizer = "cpu" if moves_the_lora else "none"
+    assert f"engine plain torch, offload optimizer={optimizer} param=cpu, world size 1" in run["engine"]
+    (file,) = json.loads(parameters["model_paths"])
+    share = watch.peak_bytes / Path(file).stat().st_size
+    assert peaks[0] < share < peaks[1]
+    assert not watch.frozen_used
+    assert (watch.num_trained > len(lora)) is moves_the_lora  # a checkpoint copies each once
+
+
+def test_a_whole_denoiser_trains_in_host_memory(parameters, tmp_path, watch):
+    parameters |= {"trainable_models": "dit", "lora_base_model": None, "learning_rate": 1e-4}
+    results = []
+    for name, offload in (("plain", {}), ("offloaded", OPTIMIZER)):
+        own = parameters | offload | {"output_path": str(tmp_path / name)}
+        results.append(train(load_config(None, own)).path)
+    files = [next(path.glob("step-*/transformer/*.safetensors")) for path in results]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert watch.num_trained
+
+
+@pytest.mark.parametrize("environment", [{"ACCELERATE_USE_DEEPSPEED": "true"}, {"WORLD_SIZE": "2"}])
+def test_offload_of_the_weights_is_for_one_process_without_deepspeed(parameters, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"^enable_model_cpu_offload: is for one process without DeepSpeed") as error:
+        start_accelerator(load_config(None, parameters | MODEL))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -332,13 +424,18 @@ def test_what_only_deepspeed_does_is_refused_without_it(parameters, values, mess
     [
         ({"trainable_models": "dit"}, None, "fp8_models: names the dit, which trainable_models trains in full"),
         ({}, {"zero_optimization": {"stage": 3}}, "fp8_models: names the dit, but ZeRO-3 cannot partition weights"),
+        ({"enable_model_cpu_offload": True}, None, "fp8_models: names the dit, but enable_model_cpu_offload cannot"),
+        ({"enable_model_cpu_offload": True}, None, "quant_options: names the dit, but enable_model_cpu_offload cannot"),
+        ({"trainable_models": "dit"}, None, "quant_options: names the dit, which trainable_models trains in full"),
+        ({}, {"zero_optimization": {"stage": 3}}, "quant_options: names the dit, but ZeRO-3 cannot partition weights"),
     ],
 )
-def test_fp8_of_weights_that_cannot_be_held_so_is_refused(parameters, values, settings, message):
+def test_weights_that_cannot_be_held_so_are_refused(parameters, values, settings, message):
     config = load_config(None, parameters).model_copy(update=values)
     plugin = SimpleNamespace(deepspeed_config=settings) if settings else None
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-    files = ComponentFiles(weights=(), folder=Path(), fp8=True)
+    held = {"fp8": True} if message.startswith("fp8") else {"quantization": NF4}
+    files = ComponentFiles(weights=(), folder=Path(), **held)
     with pytest.raises(ConfigError, match=message) as error:
         load_component(accelerator, "dit", FAMILY.components["dit"], files, config)
     assert "\n" not in str(error.value)
@@ -356,4 +453,7 @@ def test_weights_go_to_the_cpu_first_where_they_must(parameters):
     on_cpu = config.model_copy(update={"initialize_model_on_cpu": True})
     assert load_device(gpu, files, config) == gpu.device
     assert load_device(gpu, files, on_cpu) == torch.device("cpu")
+    offloaded = config.model_copy(update={"enable_model_cpu_offload": True})
+    assert load_device(gpu, files, offloaded) == torch.device("cpu")
     assert load_device(gpu, dataclasses.replace(files, fp8=True), config) == torch.device("cpu")
+    assert load_device(gpu, dataclasses.replace(files, quantization=NF4), config) == torch.device("cpu")

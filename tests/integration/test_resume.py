@@ -105,6 +105,17 @@ def test_a_stopped_run_ends_with_the_weights_of_an_uninterrupted_one(parameters,
     ]
 
 
+def test_a_run_goes_on_with_its_weights_and_optimizer_in_host_memory(parameters, other_output):
+    changes = {"gradient_accumulation_steps": 2, "use_ema": True}
+    offload = {"enable_model_cpu_offload": True, "enable_optimizer_cpu_offload": True}
+    stopped_at(parameters | changes, 1)
+    stopped_at(parameters | changes | offload, 2)
+    resumed = train(load_config(None, parameters | changes | offload))
+    whole = train(load_config(None, other_output | changes))
+    assert resumed.state == "Resumed"
+    assert resumed.summary["digests"] == whole.summary["digests"]
+
+
 def test_it_can_be_stopped_again_and_again_by_either_signal(parameters, other_output):
     for step, number in ((2, signal.SIGINT), (3, signal.SIGTERM), (7, signal.SIGINT)):
         stopped_at(parameters, step, number)

@@ -7,7 +7,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffsynth_pipe.config import RunConfig, comma_list, field_metadata, load_config
+from diffsynth_pipe.config import RunConfig, comma_list, field_metadata, load_config, parse_quant_options
+from diffsynth_pipe.contracts import Quantization
 from diffsynth_pipe.errors import ConfigError
 from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args
 
@@ -127,6 +128,7 @@ OTHER_VALUES = {
     "model_id_with_origin_paths": ("a/b:c*", "a/b:c*", "nothing"),
     "fp8_models": ('["a/b:c*", ["d", "e"]]', ["a/b:c*", ["d", "e"]], "nothing"),
     "offload_models": ("a, b:c*", ["a", "b:c*"], "nothing"),
+    "quant_options": ("a/b:c*:bitsandbytes_nf4/d.1,e", "a/b:c*:bitsandbytes_nf4/d.1,e", "nothing"),
     "resume_from_checkpoint": ("a.safetensors", "a.safetensors", "nothing"),
     "extra_inputs": ("seed", "seed", "cache"),
     "learning_rate": ("1e-5", 1e-5, "weights"),
@@ -212,6 +214,10 @@ OTHER_VALUES = {
     "num_validation_samples": ("4", 4, "nothing"),
     "validation_steps": ("10", 10, "nothing"),
     "early_stopping_patience": ("3", 3, "weights"),
+    "enable_npu_patch": ("true", True, "nothing"),
+    "enable_model_cpu_offload": ("true", True, "nothing"),
+    "enable_optimizer_cpu_offload": ("true", True, "nothing"),
+    "cpu_offload_split_threshold": ("16", 16, "nothing"),
     "max_steps": ("100", 100, "weights"),
     "accelerate_config_file": ("a.yaml", "a.yaml", "nothing"),
 }
@@ -226,6 +232,8 @@ PARTNER = {
     "lr_power": {"lr_scheduler": "polynomial"},
     "ema_decay": {"use_ema": "true"},
     "frame_rate": {"fix_frame_rate": "true"},
+    "enable_optimizer_cpu_offload": {"enable_model_cpu_offload": "true"},
+    "cpu_offload_split_threshold": {"enable_model_cpu_offload": "true"},
     "gradient_checkpointing_backend": {"use_gradient_checkpointing": "true"},
     "swanlab_project": {"enable_swanlab_log": "true"},
     "wandb_project": {"enable_wandb_log": "true"},
@@ -406,6 +414,10 @@ def test_an_unsupported_field_is_refused_unless_at_its_default(name):
         ("model_paths", "[1]"),
         ("model_paths", {"dit": "a"}),
         ("fp8_models", '["a",]'),
+        ("quant_options", "bitsandbytes_nf4"),
+        ("quant_options", "a/b:transformer/c.safetensors"),
+        ("quant_options", "a:torchao_int8_w8a16"),
+        ("quant_options", '["a",]:bitsandbytes_nf4'),
         ("gradient_checkpointing_backend", "fsdp"),
     ],
 )
@@ -682,7 +694,13 @@ def test_absolute_paths_keep_ids_and_the_models_that_other_parameters_repeat(tmp
             "model_paths": ["dit/a.safetensors"],
             "model_id_with_origin_paths": vae,
             "fp8_models": [vae, "dit/a.safetensors"],
+            "quant_options": f'{vae}:bitsandbytes_nf4; dit/a.safetensors:bitsandbytes_fp4/b,c.1;["d"]:bitsandbytes_nf4',
         },
     ).with_absolute_paths()
     assert config.model_paths == [str(tmp_path / "dit/a.safetensors")]
     assert config.fp8_models == [vae, *config.model_paths]
+    assert parse_quant_options(config.quant_options) == [
+        (vae, Quantization(method="bitsandbytes_nf4")),
+        (config.model_paths[0], Quantization(method="bitsandbytes_fp4", excluded=("b", "c.1"))),
+        ([str(tmp_path / "d")], Quantization(method="bitsandbytes_nf4")),
+    ]

@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from diffsynth_pipe.config import RunConfig
-from diffsynth_pipe.contracts import ComponentSpec
+from diffsynth_pipe.contracts import ComponentSpec, Quantization
 from diffsynth_pipe.errors import ConfigError, ModelError, ModelFileMissing
+from diffsynth_pipe.fingerprint import component_digest
 from diffsynth_pipe.hub import resolve_components
 
 FAMILY = SimpleNamespace(
@@ -105,6 +106,57 @@ def test_fp8_models_that_is_no_entry_is_refused(repo, fp8_models):
         ConfigError, match=r"^fp8_models: .* is no entry of the models; they are .*transformer"
     ) as error:
         resolve("dit", model_paths=json.dumps([SHARDED]), fp8_models=fp8_models)
+    assert "\n" not in str(error.value)
+
+
+def test_quant_options_repeat_entries(repo):
+    ids = f"{VAE_ID},org/model:text_encoder/model*.safetensors"
+    parameters = {"model_paths": json.dumps([SHARDED]), "model_id_with_origin_paths": ids}
+    options = f"{VAE_ID}:bitsandbytes_fp4/a.1,b; {json.dumps(SHARDED)}:bitsandbytes_nf4;"
+    found = resolve(*FAMILY.components, **parameters, quant_options=options)
+    assert {name: files.quantization for name, files in found.items()} == {
+        "dit": Quantization(method="bitsandbytes_nf4"),
+        "vae": Quantization(method="bitsandbytes_fp4", excluded=("a.1", "b")),
+        "text_encoder": None,
+    }
+    plain = resolve(*FAMILY.components, **parameters)
+    vae = plain["vae"]
+    held = [
+        vae,
+        found["vae"],
+        dataclasses.replace(vae, fp8=True),
+        dataclasses.replace(vae, quantization=found["dit"].quantization),
+    ]
+    assert len(set(map(component_digest, held))) == len(held)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"quant_options": "vae:bitsandbytes_nf4"}, "quant_options: 'vae' is no entry of the models; they are "),
+        (
+            {"quant_options": f"{VAE_ID}:bitsandbytes_nf4;{VAE_ID}:bitsandbytes_fp4"},
+            f"quant_options: '{VAE_ID}' is named by quant_options already; name it once",
+        ),
+        (
+            {"quant_options": f"{VAE_ID}:bitsandbytes_nf4", "fp8_models": VAE_ID},
+            f"quant_options: '{VAE_ID}' is named by fp8_models already; name it once",
+        ),
+    ],
+)
+def test_quant_options_that_lead_nowhere_are_refused(repo, parameters, message):
+    with pytest.raises(ConfigError) as error:
+        resolve("vae", model_id_with_origin_paths=VAE_ID, **parameters)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_quant_options_say_what_to_install(repo, monkeypatch):
+    monkeypatch.setattr("diffsynth_pipe.hub.find_spec", {}.get)
+    with pytest.raises(
+        ConfigError, match=r"^quant_options: the extra quant is not installed; pip install 'diffs"
+    ) as error:
+        resolve("vae", model_id_with_origin_paths=VAE_ID, quant_options=f"{VAE_ID}:bitsandbytes_nf4")
     assert "\n" not in str(error.value)
 
 
