@@ -172,6 +172,7 @@ class Wan:
         ),
     )
     schedule = wan.SCHEDULE
+    blocks = wan.BLOCKS
     size_multiple = SCALE * wan.PATCH
     latents_field = "latents"
     lora_target_modules: str | tuple[str, ...] = wan.LORA_TARGET_MODULES

@@ -76,6 +76,7 @@ class WanTextImageToVideo:
         ),
     )
     schedule = wan.SCHEDULE
+    blocks = wan.BLOCKS
     size_multiple = SCALE * wan.PATCH
     latents_field = "latents"
     lora_target_modules: str | tuple[str, ...] = wan.LORA_TARGET_MODULES

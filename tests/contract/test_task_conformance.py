@@ -69,9 +69,18 @@ class Case:
         return spec.load(ComponentFiles(weights=weights, folder=folder, companions=companions), torch.float32, CPU)
 
     def losses(self, dit, batch: Batch) -> torch.Tensor:
-        levels = SigmaDistribution(self.family.schedule, load_config(None, {"dataset_base_path": "data"}))
+        """Return the losses of the first turn; a helper's weights are what the seed says."""
         draws = SampleDraws.of(batch, seed=0)
+        if self.task.takes_turns:
+            config = load_config(None, {"dataset_base_path": "data", "task": self.name, "trainable_models": "dit"})
+            objective = self.task.objective(config, self.family)
+            return objective.loss({"dit": dit, **objective.helpers(dit)}, batch, draws, objective.turns[0])
+        levels = SigmaDistribution(self.family.schedule, load_config(None, {"dataset_base_path": "data"}))
         return self.task.loss(self.family, {"dit": dit}, batch, draws, levels)
+
+    @property
+    def name(self) -> str:
+        return next(name for name in plugin_names("diffsynth_pipe.training.tasks") if load_task(name) is self.task)
 
 
 @pytest.fixture(scope="module", params=plugin_names("diffsynth_pipe.families"))
@@ -190,7 +199,7 @@ def settings(case, tmp_path, monkeypatch):
     model = f"{case.repo.parent.name}/{case.repo.name}"
     return {
         "family": next(name for name in plugin_names("diffsynth_pipe.families") if load_family(name) is case.family),
-        "task": next(name for name in plugin_names("diffsynth_pipe.training.tasks") if load_task(name) is case.task),
+        "task": case.name,
         "dataset_base_path": str(data),
         "dataset_metadata_path": str(data / "metadata.json"),
         "data_file_keys": ",".join(media),
