@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cache_store.snapshot import RESERVED_BUCKET
 from cache_store.store import Cache, SealedSample
-from diffsynth_pipe.contracts import load_family
+from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, load_family
 
 FAMILY = load_family("qwen_image")
 LAUNCH_FILES = Path(__file__).parents[1] / "deploy" / "accelerate"
@@ -18,8 +19,11 @@ SAMPLES = {"64x64": ((8, 8), (5, 9, 3, 12)), "64x32": ((8, 4), (7, 4))}
 """Buckets: height and width of the latents, and the lengths of the prompts, one per sample."""
 
 
-def write_cache(root, buckets=SAMPLES):
-    """Write and seal a cache of the tiny Qwen-Image into a new folder; return the folder."""
+def write_cache(root, buckets=SAMPLES, *, empty_caption=False):
+    """Write and seal a cache of the tiny Qwen-Image into a new folder; return the folder.
+
+    With ``empty_caption`` it has a reserved sample with a text of two tokens and the first sample's latents.
+    """
     rng = np.random.default_rng(0)
     specs = {unit.name: unit.outputs for unit in FAMILY.units}
     cache, samples = Cache.open_or_new(root), []
@@ -31,7 +35,11 @@ def write_cache(root, buckets=SAMPLES):
                 writer.add("text", key, {"prompt_emb": random_bf16(rng, (length, 64))}, specs["text"])
                 keys = {"latents": key, "text": key}
                 samples.append(SealedSample(sample_id=key, bucket=bucket, source=f"row {len(samples)}", keys=keys))
-    cache.seal(samples, {"family": "qwen_image"})
+        if empty_caption:
+            writer.add("text", EMPTY_CAPTION_ID, {"prompt_emb": random_bf16(rng, (2, 64))}, specs["text"])
+            keys = {**samples[0].keys, "text": EMPTY_CAPTION_ID}
+            reserved = SealedSample(sample_id=EMPTY_CAPTION_ID, bucket=RESERVED_BUCKET, source="empty", keys=keys)
+    cache.seal([*samples, reserved] if empty_caption else samples, {"family": "qwen_image"})
     return root
 
 

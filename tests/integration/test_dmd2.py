@@ -11,7 +11,13 @@ from diffsynth_pipe.stages.train import train
 @pytest.fixture
 def distillation(parameters):
     parameters = {name: value for name, value in parameters.items() if name != "max_grad_norm"}
-    return {**parameters, "task": "dmd2:train", "dmd2_student_update_freq": 3, "learning_rate": 1e-2, "dataset_repeat": 2}
+    return {
+        **parameters,
+        "task": "dmd2:train",
+        "dmd2_student_update_freq": 3,
+        "learning_rate": 1e-2,
+        "dataset_repeat": 2,
+    }
 
 
 def test_smoke(distillation):
