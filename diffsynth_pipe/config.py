@@ -759,6 +759,9 @@ class RunConfig(BaseModel):
         if changed and self.task_name != "dmd2":
             message = f"{changed[0]}: has no effect with task {self.task!r}; leave it out, or set task to dmd2"
             raise ValueError(message)
+        if self.task_name == "dmd2" and (others := set(comma_list(self.trainable_models)) - {"dit"}):
+            message = f"trainable_models: task dmd2 trains the dit alone, in full or by a LoRA; leave out {min(others)}"
+            raise ValueError(message)
         idle = [name for name in changed if name in _OF_DISCRIMINATOR] if not self.dmd2_gan_loss_weight else []
         if idle:
             message = (

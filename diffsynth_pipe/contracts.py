@@ -422,12 +422,14 @@ class Objective(Protocol):
         learning_rates: Peak learning rates of the models that only serve to train the run's, by name.
         empty_caption: What the fields made of the caption are for the empty one, a batch of one on the training device;
             the loss reads it if ``needs_empty_caption``.
+        lineage: What the metadata of the trained files say of it, JSON values.
     """
 
     turns: tuple[Turn, ...]
     learning_rates: Mapping[str, float]
     needs_empty_caption: bool
     empty_caption: Batch | None
+    lineage: Mapping[str, object]
 
     def helpers(self, dit: Module) -> Mapping[str, Module]:
         """Return the models that the loss runs beside the run's own, made from the denoiser before it got its LoRA."""

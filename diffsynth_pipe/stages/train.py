@@ -163,6 +163,7 @@ def _train(
         resume = _resume_point(run_dir, plan.key)
         engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
         objective = _objective(config, family, accelerator)
+        lineage |= objective.lineage
         model, outputs = _load_models(config, family, split, files, accelerator, lineage, train_source, objective)
         if objective.needs_empty_caption:
             objective.empty_caption = _empty_caption(train_source, split, accelerator)

@@ -45,15 +45,10 @@ class DistributionMatching:
     latents from the student's by the teacher's features.
 
     Raises:
-        ConfigError: The run trains another model, or its steps do not fit.
+        ConfigError: The student's steps do not fit.
     """
 
     def __init__(self, config: RunConfig, family: ModelFamily) -> None:
-        if set(comma_list(config.trainable_models)) - {STUDENT}:
-            message = (
-                "trainable_models: task dmd2 trains the dit alone, in full or by lora_base_model; leave out others"
-            )
-            raise ConfigError(message)
         self.sigmas = student_sigmas(config, family.schedule)
         has_discriminator = config.dmd2_gan_loss_weight > 0
         self.learning_rates: Mapping[str, float] = {
@@ -68,6 +63,10 @@ class DistributionMatching:
         self.guidance = 1.0 if config.dmd2_teacher_cfg_scale is None else config.dmd2_teacher_cfg_scale
         self.needs_empty_caption = self.guidance != 1
         self.empty_caption: Batch | None = None
+        self.lineage: Mapping[str, object] = {
+            "student_sigmas": self.sigmas,
+            "student_sample_type": config.dmd2_student_sample_type,
+        }
         self._config = config
         self._family = family
         self._indices: tuple[int, ...] = ()

@@ -34,6 +34,7 @@ class OneLoss:
         self.learning_rates: Mapping[str, float] = {}
         self.needs_empty_caption = False
         self.empty_caption: Batch | None = None
+        self.lineage: Mapping[str, object] = {}
         self._family = family
         self._task = task
         self._levels = levels

@@ -226,7 +226,7 @@ def settings(case, tmp_path, monkeypatch):
         "batch_size": 2,
         "num_epochs": 2,
         "num_validation_samples": 2,
-        **(case.task.takes_turns and SHORT_TURNS or {}),
+        **(SHORT_TURNS if case.task.takes_turns else {}),
     }
 
 

@@ -159,3 +159,112 @@ def test_hidden_dim_is_twice_the_channels_of_a_head(found):
     assert [tuple(head[0].weight.shape) for head in heads] == [(12, 128, 4, 4)]
     assert heads[0][1].num_groups == 3
     assert found("defaults")[3]["discriminator"].heads[0][0].out_channels == 64
+
+
+def test_the_familys_schedule_is_its_grid(tiny_repo):
+    """The scheduler is the repository's own, at the μ of the family's training grid."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_repo / "scheduler")
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 3, 3).tolist(), mu=0.8)
+    found = student_sigmas(config_of(dmd2_student_schedule="family", dmd2_student_sample_steps=3), FAMILY.schedule)
+    np.testing.assert_allclose(found, scheduler.sigmas, rtol=1e-6)
+    assert found != student_sigmas(config_of(dmd2_student_sample_steps=3), FAMILY.schedule)
+    with pytest.raises(ConfigError, match=r"^dmd2_student_schedule: the family's grid has no single step"):
+        student_sigmas(config_of(dmd2_student_schedule="family", dmd2_student_sample_steps=1), FAMILY.schedule)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logitnormal"])
+def test_matching_levels_have_their_distribution(sampling):
+    settings = {"dmd2_matching_t_sampling": sampling, "dmd2_matching_t_min": 0.2, "dmd2_matching_t_max": 0.6}
+    if sampling == "logitnormal":
+        settings |= {"dmd2_matching_t_mean": 0.5, "dmd2_matching_t_std": 2.0}
+    found = matching_sigmas((torch.arange(20000) + 0.5).double() / 20000, config_of(**settings))
+    assert found.dtype == torch.float32
+    assert (found.diff() <= 0).all()
+    drawn = np.random.default_rng(0).random(20000)
+    if sampling == "logitnormal":
+        drawn = 1 / (1 + np.exp(-(0.5 + 2.0 * np.random.default_rng(0).standard_normal(20000))))
+    quantiles = np.linspace(0.05, 0.95, 10)
+    np.testing.assert_allclose(np.quantile(found, quantiles), 0.2 + 0.4 * np.quantile(drawn, quantiles), atol=0.01)
+    edges = matching_sigmas(torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64), config_of(**settings))
+    assert ((edges >= 0.2) & (edges <= 0.6 + 1e-6)).all()
+
+
+def test_the_energy_score_is_smallest_for_samples_of_the_true_distribution():
+    """Over many captions, each with one real image; the others are too narrow, too wide, or beside it."""
+    generator = torch.Generator().manual_seed(0)
+    means = {}
+    real = torch.randn(3000, 1, 2, generator=generator).expand(-1, 4, -1)
+    for name, (mean, std) in {"true": (0, 1), "narrow": (0, 0.3), "wide": (0, 2), "beside": (1, 1)}.items():
+        samples = mean + std * torch.randn(3000, 4, 2, generator=generator)
+        means[name] = float(torch.stack([energy_scores(x, y) for x, y in zip(samples, real, strict=True)]).mean())
+    assert min(means, key=means.get) == "true"
+    one, other, target = torch.randn(3, 1, 5, generator=generator)
+    rms = lambda x: x.square().mean().sqrt()  # noqa: E731
+    expected = [rms(one - target) - rms(one - other) / 2, rms(other - target) - rms(one - other) / 2]
+    found = energy_scores(torch.cat([one, other]), target.expand(2, -1))
+    torch.testing.assert_close(found, torch.stack(expected))
+    torch.testing.assert_close(energy_scores(one, target), rms(one - target)[None])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"task": "sft"},
+            r"^dmd2_student_update_freq: has no effect with task 'sft'; leave it out, or set task to dmd2$",
+        ),
+        ({"dmd2_student_schedule": "cosine"}, r"^dmd2_student_schedule: must be 'uniform' or 'family', got 'cosine'$"),
+        ({"dmd2_student_sample_type": "ddim"}, r"^dmd2_student_sample_type: must be 'sde' or 'ode', got 'ddim'$"),
+        (
+            {"dmd2_student_t_list": "0.9,0.5"},
+            r"^dmd2_student_t_list: must be noise levels that fall from at most 1 to a",
+        ),
+        ({"dmd2_student_t_list": "0.5,0.9,0"}, r"^dmd2_student_t_list: must be noise levels that fall"),
+        (
+            {"dmd2_student_t_list": "0.9,0.5,0", "dmd2_student_schedule": "family"},
+            r"^dmd2_student_schedule: has no effect with dmd2_student_t_list '0.9,0.5,0'; set",
+        ),
+        ({"dmd2_matching_t_mean": 1}, r"^dmd2_matching_t_mean: has no effect with dmd2_matching_t_sampling 'uniform'"),
+        ({"dmd2_matching_t_min": 0.9, "dmd2_matching_t_max": 0.9}, r"the range from 0.9 to 0.9 is empty$"),
+        ({"dmd2_feature_indices": "1,-2"}, r"^dmd2_feature_indices: must be numbers of blocks, from 0, such as 12,24"),
+        (
+            {"dmd2_gan_loss_weight": 0, "dmd2_feature_indices": "1"},
+            r"^dmd2_feature_indices: has no effect with dmd2_gan_loss_weight 0, as there is no discriminator; leave it",
+        ),
+        ({"dmd2_gan_r1_reg_alpha": 0.2}, r"^dmd2_gan_r1_reg_alpha: has no effect with dmd2_gan_r1_reg_weight 0"),
+        (
+            {"trainable_models": "text_encoder"},
+            r"^trainable_models: task dmd2 trains the dit alone, .* leave out text_enc",
+        ),
+        ({"min_sigma": 0.5}, r"^min_sigma: has no effect with task 'dmd2', which draws no levels; leave it out$"),
+    ],
+)
+def test_a_flag_that_cannot_act_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        config_of(dmd2_student_update_freq=3, **changes) if "task" not in changes else load_config(
+            None, {"dataset_base_path": "data", "dmd2_student_update_freq": 3, **changes}
+        )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"dmd2_student_t_list": "0.9,0"},
+            r"^dmd2_student_t_list: 2 levels are for 1 steps, but .* is 4; list one level",
+        ),
+        ({"dmd2_feature_indices": "0,2"}, r"^dmd2_feature_indices: 2 is no number of a block; they go from 0 to 1$"),
+        (
+            {"dmd2_feature_indices": "1", "dmd2_discriminator_num_blocks": 1},
+            r"^dmd2_feature_indices: 1 is no number of a block; they go from 0 to 0$",
+        ),
+        ({"dmd2_discriminator_num_blocks": 3}, r"^dmd2_discriminator_num_blocks: 3 is more than the 2 blocks"),
+    ],
+)
+def test_what_the_denoiser_does_not_have_is_refused(tiny_repo, batch, changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        losses(tiny_repo, batch, **changes)
+    assert "\n" not in str(caught.value)
