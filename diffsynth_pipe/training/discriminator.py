@@ -85,8 +85,7 @@ def make_discriminator(config: RunConfig, family: ModelFamily, dit: Module) -> t
         raise ConfigError(
             f"dmd2_feature_indices: {indices[-1]} is no number of a block; they go from 0 to {num_blocks - 1}"
         )
-    # The first block of every denoiser reads its stream by such layers.
-    width = next(layer.in_features for name, layer in linear_layers(all_blocks[0][0]).items() if name.endswith("to_q"))
+    width = feature_width(dit, family)
     hidden_dim = config.dmd2_discriminator_hidden_dim or width
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -97,6 +96,12 @@ def make_discriminator(config: RunConfig, family: ModelFamily, dit: Module) -> t
 def blocks(dit: Module, lists: Sequence[BlockList]) -> list[tuple[Module, BlockList]]:
     """Return the blocks of a denoiser in the order in which they run, each with the list that it is in."""
     return [(block, which) for which in lists for block in getattr(dit, which.name)]
+
+
+def feature_width(dit: Module, family: ModelFamily) -> int:
+    """Return the channels of what the blocks put out: what the first one reads by its queries' layer."""
+    first, _ = blocks(dit, family.blocks)[0]
+    return next(layer.in_features for name, layer in linear_layers(first).items() if name.endswith("to_q"))
 
 
 @contextlib.contextmanager
