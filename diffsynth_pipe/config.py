@@ -13,6 +13,7 @@ refused when it differs from its default, never ignored.
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 import re
@@ -56,7 +57,7 @@ def _setting(group: str, affects: Affects, default: Any, description: str, *, su
 
 
 _planned = partial(_setting, supported=False)
-_dmd2 = partial(_planned, "DMD2 distillation", "weights")
+_dmd2 = partial(_setting, "DMD2 distillation", "weights")
 
 
 _ACTS_WITH = {
@@ -77,8 +78,17 @@ _ACTS_WITH = {
     "frame_rate": ("fix_frame_rate", (True,)),
     "enable_optimizer_cpu_offload": ("enable_model_cpu_offload", (True,)),
     "cpu_offload_split_threshold": ("enable_model_cpu_offload", (True,)),
+    "dmd2_matching_t_mean": ("dmd2_matching_t_sampling", ("logitnormal",)),
+    "dmd2_matching_t_std": ("dmd2_matching_t_sampling", ("logitnormal",)),
+    "dmd2_student_schedule": ("dmd2_student_t_list", (None,)),
 }
 """Fields that act only while another has one of these values, and are refused otherwise."""
+
+_OF_DISCRIMINATOR = (
+    *("dmd2_gan_r1_reg_weight", "dmd2_gan_r1_reg_alpha", "dmd2_gan_logit_reg_weight", "dmd2_feature_indices"),
+    *("dmd2_discriminator_learning_rate", "dmd2_discriminator_hidden_dim", "dmd2_discriminator_num_blocks"),
+)
+"""Fields that act only where DMD2 has a discriminator."""
 
 _NOISE_LEVELS = (
     *("timestep_sampling", "loss_weighting", "min_timestep_boundary", "max_timestep_boundary"),
@@ -450,27 +460,54 @@ class RunConfig(BaseModel):
         " Default: every layer comes by itself.",
     )
 
-    dmd2_student_update_freq: int = _dmd2(5, "Critic steps per student step.")
-    dmd2_student_sample_steps: int = _dmd2(4, "Sampling steps of the student.")
-    dmd2_student_sample_type: str = _dmd2("sde", "Sampler of the student.")
-    dmd2_student_schedule: str = _dmd2("uniform", "Timesteps of the student.")
-    dmd2_student_t_list: str | None = _dmd2(None, "Timesteps of the student, listed.")
-    dmd2_matching_t_min: float = _dmd2(0.001, "Smallest matching timestep.")
-    dmd2_matching_t_max: float = _dmd2(0.999, "Largest matching timestep.")
-    dmd2_matching_t_sampling: str = _dmd2("uniform", "Distribution of the matching timestep.")
-    dmd2_matching_t_mean: float = _dmd2(0.0, "Its mean.")
-    dmd2_matching_t_std: float = _dmd2(1.0, "Its standard deviation.")
-    dmd2_gan_loss_weight: float = _dmd2(0.03, "Weight of the GAN loss.")
-    dmd2_gan_r1_reg_weight: float = _dmd2(0.0, "Weight of the R1 penalty.")
-    dmd2_gan_r1_reg_alpha: float = _dmd2(0.1, "Noise scale of the R1 penalty.")
-    dmd2_gan_logit_reg_weight: float = _dmd2(0.0, "Weight of the logit penalty.")
-    dmd2_fake_score_learning_rate: float | None = _dmd2(None, "Learning rate of the fake score.")
-    dmd2_discriminator_learning_rate: float | None = _dmd2(None, "Learning rate of the discriminator.")
-    dmd2_feature_indices: str | None = _dmd2(None, "Layers that feed the discriminator.")
-    dmd2_discriminator_hidden_dim: int | None = _dmd2(None, "Width of the discriminator.")
-    dmd2_discriminator_num_blocks: int | None = _dmd2(None, "Depth of the discriminator.")
-    dmd2_teacher_cfg_scale: float | None = _dmd2(None, "Guidance scale of the teacher.")
-    dmd2_student_grad_clip_norm: float = _dmd2(10.0, "Gradient norm limit of the student.")
+    dmd2_student_update_freq: Count = _dmd2(
+        5, "Optimizer steps of a cycle: the first trains the student, the others the fake score and the discriminator."
+    )
+    dmd2_student_sample_steps: Count = _dmd2(4, "Steps in which the student samples.")
+    dmd2_student_sample_type: Literal["sde", "ode"] = _dmd2(
+        "sde", "How validation samples from the student: with new noise in each step (sde), or Euler's way (ode)."
+    )
+    dmd2_student_schedule: Literal["uniform", "family"] = _dmd2(
+        "uniform", "Noise levels of the student's steps: evenly from dmd2_matching_t_max down, or the family's grid."
+    )
+    dmd2_student_t_list: str | None = _dmd2(
+        None, "These levels instead, comma-separated, falling, with a 0 at the end: 0.999,0.75,0.5,0.25,0."
+    )
+    dmd2_matching_t_min: Fraction = _dmd2(0.001, "Lowest noise level at which distributions are compared.")
+    dmd2_matching_t_max: Fraction = _dmd2(0.999, "Highest noise level at which distributions are compared.")
+    dmd2_matching_t_sampling: Literal["uniform", "logitnormal"] = _dmd2(
+        "uniform", "Distribution of that level between the two."
+    )
+    dmd2_matching_t_mean: float = _dmd2(0.0, "Mean of its logit under logitnormal.")
+    dmd2_matching_t_std: Positive = _dmd2(1.0, "Deviation of its logit under logitnormal.")
+    dmd2_gan_loss_weight: NonNegative = _dmd2(
+        0.03, "Weight of the student's GAN loss beside the matching loss. 0: there is no discriminator."
+    )
+    dmd2_gan_r1_reg_weight: NonNegative = _dmd2(0.0, "Weight of the discriminator's approximate R1 penalty.")
+    dmd2_gan_r1_reg_alpha: Positive = _dmd2(0.1, "Scale of the noise that this penalty adds to real latents.")
+    dmd2_gan_logit_reg_weight: NonNegative = _dmd2(0.0, "Weight of the penalty on the squares of the logits.")
+    dmd2_fake_score_learning_rate: Positive | None = _dmd2(
+        None, "Peak learning rate of the fake score. Default: learning_rate."
+    )
+    dmd2_discriminator_learning_rate: Positive | None = _dmd2(
+        None, "Peak learning rate of the discriminator. Default: learning_rate."
+    )
+    dmd2_feature_indices: str | None = _dmd2(
+        None,
+        "Blocks of the teacher whose outputs the discriminator sees, comma-separated, from 0. Default: the middle one.",
+    )
+    dmd2_discriminator_hidden_dim: Annotated[int, Field(ge=2)] | None = _dmd2(
+        None, "Twice the channels within the discriminator's heads. Default: the width of the denoiser."
+    )
+    dmd2_discriminator_num_blocks: Count | None = _dmd2(
+        None, "The discriminator sees only the first so many blocks; the middle is theirs. Default: all."
+    )
+    dmd2_teacher_cfg_scale: NonNegative | None = _dmd2(
+        None, "Guidance scale of the teacher, against the empty caption. Default: none, as with 1."
+    )
+    dmd2_student_grad_clip_norm: NonNegative = _dmd2(
+        10.0, "In place of max_grad_norm in the student's steps. 0: no limit."
+    )
 
     family: str = _setting(
         "this project", "cache", "qwen_image", "Model family: the name of a module in diffsynth_pipe/families."
@@ -653,6 +690,29 @@ class RunConfig(BaseModel):
     def _known_task(cls, value: str) -> str:
         return _one_of(value, _task_names())
 
+    @field_validator("dmd2_student_t_list")
+    @classmethod
+    def _falling_levels(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                levels = [float(item) for item in comma_list(value)]
+            except ValueError:
+                levels = []
+            is_falling = all(level > following for level, following in itertools.pairwise(levels))
+            if len(levels) < 2 or not is_falling or levels[0] > 1 or levels[-1] != 0:
+                message = "must be noise levels that fall from at most 1 to a final 0, such as 0.999,0.75,0.5,0.25,0"
+                raise ValueError(message)
+        return value
+
+    @field_validator("dmd2_feature_indices")
+    @classmethod
+    def _block_numbers(cls, value: str | None) -> str | None:
+        items = comma_list(value)
+        if value is not None and not (items and all(item.isdecimal() for item in items)):
+            message = "must be numbers of blocks, from 0, such as 12,24"
+            raise ValueError(message)
+        return value
+
     @field_validator("lora_target_modules")
     @classmethod
     def _pattern(cls, value: str | None) -> str | None:
@@ -699,6 +759,9 @@ class RunConfig(BaseModel):
             message = (
                 f"enable_model_cpu_offload: is for the denoiser, but trainable_models names {others[0]}; leave it out"
             )
+            raise ValueError(message)
+        if self.enable_model_cpu_offload and self.task_name == "dmd2":
+            message = "enable_model_cpu_offload: moves one denoiser, but task dmd2 runs three; leave it out"
             raise ValueError(message)
         return self
 
@@ -752,6 +815,36 @@ class RunConfig(BaseModel):
         if self.lora_use_dora and (name := self.lora_file_format) != "diffusers":
             field = "align_to_opensource_format" if self.align_to_opensource_format else "lora_format"
             message = f"lora_use_dora, {field}: {name} cannot hold DoRA's norms; set lora_format to diffusers alone"
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _dmd2(self) -> Self:
+        changed = [
+            name
+            for name, field in type(self).model_fields.items()
+            if name.startswith("dmd2_") and getattr(self, name) != field.default
+        ]
+        if changed and self.task_name != "dmd2":
+            message = f"{changed[0]}: has no effect with task {self.task!r}; leave it out, or set task to dmd2"
+            raise ValueError(message)
+        if self.task_name == "dmd2" and (others := set(comma_list(self.trainable_models)) - {"dit"}):
+            message = f"trainable_models: task dmd2 trains the dit alone, in full or by a LoRA; leave out {min(others)}"
+            raise ValueError(message)
+        idle = [name for name in changed if name in _OF_DISCRIMINATOR] if not self.dmd2_gan_loss_weight else []
+        if idle:
+            message = (
+                f"{idle[0]}: has no effect with dmd2_gan_loss_weight 0, as there is no discriminator; leave it out"
+            )
+            raise ValueError(message)
+        if "dmd2_gan_r1_reg_alpha" in changed and not self.dmd2_gan_r1_reg_weight:
+            message = "dmd2_gan_r1_reg_alpha: has no effect with dmd2_gan_r1_reg_weight 0; leave it out"
+            raise ValueError(message)
+        if self.dmd2_matching_t_min >= self.dmd2_matching_t_max:
+            message = (
+                "dmd2_matching_t_min, dmd2_matching_t_max: the range from "
+                f"{self.dmd2_matching_t_min:g} to {self.dmd2_matching_t_max:g} is empty"
+            )
             raise ValueError(message)
         return self
 

@@ -249,6 +249,22 @@ class FlowMatchSchedule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockList:
+    """A list of blocks in a denoiser, for what reads their outputs.
+
+    A block returns tokens ``[batch, token, channel]``, of the text and the image in one tensor, or as a pair in this
+    order. The tokens of the noised latents come row by row, before those of other images.
+
+    Attributes:
+        name: ``transformer_blocks``.
+        text_first: In one tensor the text stands before the image.
+    """
+
+    name: str
+    text_first: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Samples of one bucket, on the training device.
 
@@ -279,6 +295,7 @@ class ModelFamily(Protocol):
         noise_unit: Draws the noise that a row's ``seed`` and ``rand_device`` stand for, shaped as the latents, into the
             field ``noise``; for tasks that start from it.
         schedule: The sigma grid of training.
+        blocks: The lists of the denoiser's blocks, in the order in which they run.
         size_multiple: Height and width in pixels are multiples of it.
         latents_field: The field that is noised.
         lora_target_modules: Default LoRA targets: names of layers, each of which must match, or a regular expression.
@@ -291,6 +308,7 @@ class ModelFamily(Protocol):
     units: tuple[EncodeUnit, ...]
     noise_unit: EncodeUnit
     schedule: FlowMatchSchedule
+    blocks: tuple[BlockList, ...]
     size_multiple: int
     latents_field: str
     lora_target_modules: str | tuple[str, ...]
@@ -371,13 +389,16 @@ class NoiseLevels(Protocol):
 
 
 class Draws(Protocol):
-    """The random numbers of one batch: pure functions of (seed, sample id, visit), and of the slot if there is one."""
+    """The random numbers of one batch: pure functions of (seed, sample id, visit), and of the slot if there is one.
 
-    def noise(self, like: Tensor) -> Tensor:
+    Draws for different purposes are independent.
+    """
+
+    def noise(self, like: Tensor, purpose: str = "noise") -> Tensor:
         """Return standard normal noise, fp32, of the shape and on the device of ``like``."""
 
-    def uniform(self) -> Tensor:
-        """Return what decides each sample's noise level, uniform over [0, 1), fp64 ``[batch]``, on CPU."""
+    def uniform(self, purpose: str = "timestep") -> Tensor:
+        """Return numbers uniform over [0, 1), fp64 ``[batch]``, on CPU; by default those that decide noise levels."""
 
 
 class TrainingTask(Protocol):
@@ -385,9 +406,11 @@ class TrainingTask(Protocol):
 
     Attributes:
         draws_noise_levels: Whether the loss asks ``levels`` for noise levels; if not, their settings are refused.
+        takes_turns: False. A task that trains models of its own in turns with the run's is a ``TurnTakingTask``.
     """
 
     draws_noise_levels: bool
+    takes_turns: bool
 
     def units(self, family: ModelFamily) -> tuple[EncodeUnit, ...]:
         """Return the units that yield what the loss reads, which is all their fields: the family's, and its own."""
@@ -396,6 +419,73 @@ class TrainingTask(Protocol):
         self, family: ModelFamily, models: Mapping[str, Module], batch: Batch, draws: Draws, levels: NoiseLevels
     ) -> Tensor:
         """Return one loss per sample, fp32 ``[batch]``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What one optimizer step is for.
+
+    Attributes:
+        name: Told in the metrics: ``student``.
+        max_grad_norm: Gradients above this global norm are scaled.
+        of_helpers: It trains models that only serve to train the run's; the run's own stay as they are.
+    """
+
+    name: str
+    max_grad_norm: float
+    of_helpers: bool = False
+
+
+class Objective(Protocol):
+    """What the training loop minimises: a task, set up for one run.
+
+    Attributes:
+        turns: What the optimizer steps are for, in a cycle.
+        learning_rates: Peak learning rates of the models that only serve to train the run's, by name.
+        empty_caption: What the fields made of the caption are for the empty one, a batch of one on the training device;
+            the loss reads it if ``needs_empty_caption``.
+        lineage: What the metadata of the trained files say of it, JSON values.
+    """
+
+    turns: tuple[Turn, ...]
+    learning_rates: Mapping[str, float]
+    needs_empty_caption: bool
+    empty_caption: Batch | None
+    lineage: Mapping[str, object]
+
+    def helpers(self, dit: Module) -> Mapping[str, Module]:
+        """Return the models that the loss runs beside the run's own, made from the denoiser before it got its LoRA."""
+
+    def loss(self, models: Mapping[str, Module], batch: Batch, draws: Draws, turn: Turn | None) -> Tensor:
+        """Return one loss per sample, fp32 ``[batch]``.
+
+        Args:
+            models: The models after the cut and the helpers by name.
+            batch: The samples; in a validation, one sample several times.
+            draws: Their random numbers.
+            turn: One of ``turns``; None: a validation.
+        """
+
+
+class TurnTakingTask(Protocol):
+    """A task that trains models of its own in turns with the run's."""
+
+    draws_noise_levels: bool
+    takes_turns: bool
+
+    def units(self, family: ModelFamily) -> tuple[EncodeUnit, ...]:
+        """Return the units that yield what the loss reads, which is all their fields: the family's, and its own."""
+
+    def objective(self, config: Any, family: ModelFamily) -> Objective:
+        """Set the task up for a run.
+
+        Args:
+            config: The ``RunConfig``.
+            family: The family of its models.
+
+        Raises:
+            ConfigError: The run cannot be trained so.
+        """
 
 
 def plugin_names(package: str) -> list[str]:
@@ -440,7 +530,7 @@ def families_of(class_name: str) -> list[str]:
     ]
 
 
-def load_task(name: str) -> TrainingTask:
-    """Import the training task of this name."""
-    task: TrainingTask = load_plugin("diffsynth_pipe.training.tasks", name, "task")
+def load_task(name: str) -> Any:
+    """Import the training task of this name, a ``TrainingTask`` or a ``TurnTakingTask``."""
+    task: TrainingTask | TurnTakingTask = load_plugin("diffsynth_pipe.training.tasks", name, "task")
     return task

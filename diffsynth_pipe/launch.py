@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import yaml
 
 from cache_store.durable import move_aside
+from diffsynth_pipe.contracts import load_task
 from diffsynth_pipe.errors import LaunchError, PipeError
 from diffsynth_pipe.gpu_lock import hold, visible_gpus, wait_for_lock
 from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_train, summarize
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from diffsynth_pipe.config import RunConfig, Stage
     from diffsynth_pipe.stages.plan import StagePlan
 
-ZERO3_CPU_OFFLOAD = Path(__file__).resolve().parents[1] / "deploy" / "accelerate" / "zero3_cpu_offload.yaml"
+LAUNCH_FILES = Path(__file__).resolve().parents[1] / "deploy" / "accelerate"
+ZERO3_CPU_OFFLOAD, SINGLE_PROCESS = LAUNCH_FILES / "zero3_cpu_offload.yaml", LAUNCH_FILES / "single_process.yaml"
 
 GUARD_GRACE_S = 120.0
 """How long the ranks may take to save after SIGTERM. It outlasts the caller's own grace: the guard works on alone."""
@@ -155,7 +157,9 @@ def launch_train(config: RunConfig, force: bool = False, on_line: Callable[[str]
     run_dir = plan_train(config).path
     assert isinstance(run_dir, Path)
     saved = run_dir / "config.yaml"
-    settings = config.accelerate_config_file or str(ZERO3_CPU_OFFLOAD)
+    # DeepSpeed cannot take turns.
+    default = SINGLE_PROCESS if load_task(config.task_name).takes_turns else ZERO3_CPU_OFFLOAD
+    settings = config.accelerate_config_file or str(default)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", settings]
     command = [*launcher, "-m", "diffsynth_pipe.train", "--config", str(saved)]
     gpus = [] if (yaml.safe_load(Path(settings).read_text(encoding="utf-8")) or {}).get("use_cpu") else visible_gpus()

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cache_store.snapshot import RESERVED_BUCKET
 from cache_store.store import Cache, SealedSample
-from diffsynth_pipe.contracts import load_family
+from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, load_family
 
 FAMILY = load_family("qwen_image")
 LAUNCH_FILES = Path(__file__).parents[1] / "deploy" / "accelerate"
@@ -18,8 +19,11 @@ SAMPLES = {"64x64": ((8, 8), (5, 9, 3, 12)), "64x32": ((8, 4), (7, 4))}
 """Buckets: height and width of the latents, and the lengths of the prompts, one per sample."""
 
 
-def write_cache(root, buckets=SAMPLES, family="qwen_image"):
-    """Write and seal a cache of a tiny family with units ``text`` and ``latents``; return the folder, which is new."""
+def write_cache(root, buckets=SAMPLES, family="qwen_image", *, empty_caption=False):
+    """Write and seal a cache of a tiny family with units ``text`` and ``latents``; return the folder, which is new.
+
+    With ``empty_caption`` it has a reserved sample with a text of two tokens and the first sample's latents.
+    """
     rng = np.random.default_rng(0)
     specs = {unit.name: unit.outputs for unit in load_family(family).units}
     num_frames = (1,) * ("frame" in specs["latents"][0].dims)
@@ -32,7 +36,11 @@ def write_cache(root, buckets=SAMPLES, family="qwen_image"):
                 writer.add("text", key, {"prompt_emb": random_bf16(rng, (length, 64))}, specs["text"])
                 keys = {"latents": key, "text": key}
                 samples.append(SealedSample(sample_id=key, bucket=bucket, source=f"row {len(samples)}", keys=keys))
-    cache.seal(samples, {"family": family})
+        if empty_caption:
+            writer.add("text", EMPTY_CAPTION_ID, {"prompt_emb": random_bf16(rng, (2, 64))}, specs["text"])
+            keys = {**samples[0].keys, "text": EMPTY_CAPTION_ID}
+            reserved = SealedSample(sample_id=EMPTY_CAPTION_ID, bucket=RESERVED_BUCKET, source="empty", keys=keys)
+    cache.seal([*samples, reserved] if empty_caption else samples, {"family": family})
     return root
 
 

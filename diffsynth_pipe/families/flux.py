@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
-from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule, ResolutionShift
+from diffsynth_pipe.contracts import BlockList, ComponentSpec, EncodeUnit, FlowMatchSchedule, ResolutionShift
 from diffsynth_pipe.modeling import autoencoder_kl
 from diffsynth_pipe.modeling.fields import check_channels, note_on_truncation
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
@@ -195,6 +195,7 @@ class Flux:
         include_end=True,
         resolution_shift=ResolutionShift(base_seq_len=256, max_seq_len=4096, base_shift=0.5, max_shift=1.15),
     )
+    blocks: tuple[BlockList, ...] = (BlockList(name="transformer_blocks"), BlockList(name="single_transformer_blocks"))
     size_multiple = 16
     latents_field = "latents"
     # A pattern, as "proj_out" is also what the denoiser calls its last layer.

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
-from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
+from diffsynth_pipe.contracts import BlockList, ComponentSpec, EncodeUnit, FlowMatchSchedule
 from diffsynth_pipe.modeling import qwen3
 from diffsynth_pipe.modeling.fields import check_channels, noise_unit, note_on_truncation, to_pixel_batch
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
@@ -178,6 +178,10 @@ class Flux2:
     noise_unit = noise_unit("image", LATENT_DIMS, lambda image: (128, image.height // 16, image.width // 16))
     # No shift by resolution: that of inference depends on its number of steps too.
     schedule = FlowMatchSchedule(shift_type="exponential", shift=0.8)
+    blocks: tuple[BlockList, ...] = (
+        BlockList(name="transformer_blocks"),
+        BlockList(name="single_transformer_blocks", text_first=True),
+    )
     size_multiple = 16
     latents_field = "latents"
     # A pattern, as "to_out" is a linear layer in the single blocks, but a list of modules in the double ones.

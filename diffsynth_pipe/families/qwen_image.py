@@ -100,6 +100,7 @@ class QwenImage:
     )
     noise_unit = qwen.NOISE_UNIT
     schedule = qwen.SCHEDULE
+    blocks = qwen.BLOCKS
     size_multiple = 16
     latents_field = "latents"
     lora_target_modules: str | tuple[str, ...] = qwen.LORA_TARGET_MODULES

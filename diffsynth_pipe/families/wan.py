@@ -154,6 +154,7 @@ class Wan:
     )
     noise_unit = wan.row_noise_unit(CHANNELS, SCALE)
     schedule = wan.SCHEDULE
+    blocks = wan.BLOCKS
     size_multiple = SCALE * wan.PATCH
     latents_field = "latents"
     lora_target_modules: str | tuple[str, ...] = wan.LORA_TARGET_MODULES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
-from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
+from diffsynth_pipe.contracts import BlockList, ComponentSpec, EncodeUnit, FlowMatchSchedule
 from diffsynth_pipe.modeling import autoencoder_kl, npu, qwen3
 from diffsynth_pipe.modeling.fields import check_channels, note_on_truncation
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser
@@ -111,6 +111,7 @@ class ZImage:
     )
     noise_unit = autoencoder_kl.NOISE_UNIT
     schedule = FlowMatchSchedule(shift_type="linear", shift=3.0)
+    blocks: tuple[BlockList, ...] = (BlockList(name="layers"),)
     size_multiple = 16
     latents_field = "latents"
     lora_target_modules: str | tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
-from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule, ResolutionShift
+from diffsynth_pipe.contracts import BlockList, ComponentSpec, EncodeUnit, FlowMatchSchedule, ResolutionShift
 from diffsynth_pipe.errors import ModelError
 from diffsynth_pipe.modeling.fields import noise_unit, to_pixels
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
@@ -146,6 +146,7 @@ LATENTS_UNIT = EncodeUnit(
     recipe={"pixels": "x/255*2-1 in float32", "posterior": "mode", "normalization": "(z-mean)/std"},
 )
 NOISE_UNIT = noise_unit("image", LATENT_DIMS, lambda image: (16, 1, image.height // 8, image.width // 8))
+BLOCKS: tuple[BlockList, ...] = (BlockList(name="transformer_blocks"),)
 SCHEDULE = FlowMatchSchedule(
     shift_type="exponential",
     shift=0.8,

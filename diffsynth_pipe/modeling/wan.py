@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
-from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit, FlowMatchSchedule
+from diffsynth_pipe.contracts import BlockList, ComponentSpec, EncodeUnit, FlowMatchSchedule
 from diffsynth_pipe.errors import CacheMismatch
 from diffsynth_pipe.modeling.fields import noise_unit
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
@@ -238,6 +238,7 @@ LATENTS_UNIT = with_framewise(
     ),
     encode_framewise,
 )
+BLOCKS: tuple[BlockList, ...] = (BlockList(name="blocks"),)
 SCHEDULE = FlowMatchSchedule(shift_type="linear", shift=5.0)
 LORA_TARGET_MODULES: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 """The reference's q, k, v, o, ffn.0 and ffn.2 by their names in diffusers."""

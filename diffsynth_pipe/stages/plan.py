@@ -199,15 +199,23 @@ def caption_fields(split: Cut) -> tuple[str, ...]:
     return tuple(name for name, columns in made_of.items() if columns == {CAPTION_COLUMN})
 
 
-def check_caption_dropout(config: RunConfig, split: Cut) -> None:
-    """Refuse to drop captions where no cached field holds them, or holds more than them.
+def reads_empty_caption(config: RunConfig) -> str | None:
+    """Return the parameter for whose sake a run reads the record of the empty caption; None if it does not."""
+    if config.caption_dropout:
+        return "caption_dropout"
+    return "dmd2_teacher_cfg_scale" if config.dmd2_teacher_cfg_scale not in (None, 1.0) else None
+
+
+def check_empty_caption(config: RunConfig, split: Cut) -> None:
+    """Refuse to take the empty caption where no cached field holds captions, or holds more than them.
 
     Raises:
-        ConfigError: The run drops captions, but cannot.
+        ConfigError: The run drops captions or guides a teacher, but cannot.
     """
-    if config.caption_dropout and not caption_fields(split):
+    if (reader := reads_empty_caption(config)) and not caption_fields(split):
         raise ConfigError(
-            f"caption_dropout: no cached field is made of the column {CAPTION_COLUMN!r} alone; set it to 0"
+            f"{reader}: no cached field is made of the column {CAPTION_COLUMN!r} alone; "
+            f"{'set it to 0' if reader == 'caption_dropout' else 'leave it out'}"
         )
 
 

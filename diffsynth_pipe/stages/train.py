@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from diffsynth_pipe.stages.plan import (
     STATE_OF_VERDICT,
     StageResult,
     caption_fields,
-    check_caption_dropout,
+    check_empty_caption,
     initial_weights,
     latest_snapshot,
     lora_file_digests,
@@ -32,6 +32,7 @@ from diffsynth_pipe.stages.plan import (
     plan_cut,
     plan_encoding,
     plan_train,
+    reads_empty_caption,
     summarize,
     trainable_models,
 )
@@ -44,9 +45,10 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from torch import Tensor
+    from torch.nn import Module
 
     from diffsynth_pipe.config import RunConfig
-    from diffsynth_pipe.contracts import ComponentFiles, ModelFamily
+    from diffsynth_pipe.contracts import Batch, ComponentFiles, ModelFamily, Objective, Turn
     from diffsynth_pipe.graph import Cut
     from diffsynth_pipe.stages.plan import StagePlan
     from diffsynth_pipe.training.loop import Loop, ResumePoint
@@ -101,10 +103,10 @@ def _cached_source(
             "run data-process with this run's task, trainable_models and lora_base_model"
         )
     family.check_fields(json.loads((files["dit"].folder / "config.json").read_text(encoding="utf-8")), shapes)
-    check_caption_dropout(config, split)
-    if config.caption_dropout and EMPTY_CAPTION_ID not in snapshot.reserved:
+    check_empty_caption(config, split)
+    if (reader := reads_empty_caption(config)) and EMPTY_CAPTION_ID not in snapshot.reserved:
         raise CacheMismatch(
-            f"cache {snapshot.root} holds no record of the empty caption, which caption_dropout needs; run data-process"
+            f"cache {snapshot.root} holds no record of the empty caption, which {reader} needs; run data-process"
             " again (an imported cache cannot have one)"
         )
     copies = None
@@ -121,7 +123,7 @@ def _live_source(config: RunConfig) -> SampleSource:
     from diffsynth_pipe.stages.live import LiveSource
 
     encoding = plan_encoding(config)
-    check_caption_dropout(config, encoding.cut)
+    check_empty_caption(config, encoding.cut)
     return LiveSource(config, encoding)
 
 
@@ -161,8 +163,12 @@ def _train(
             _warn_of_other_expert(family, config, files["dit"])
         resume = _resume_point(run_dir, plan.key)
         engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
-        model, outputs = _load_models(config, family, split, files, accelerator, lineage, train_source)
-        loop = _make_loop(config, family, accelerator, model, outputs, train_source, bank, plan, resume)
+        objective = _objective(config, family, accelerator)
+        lineage |= objective.lineage
+        model, outputs = _load_models(config, family, split, files, accelerator, lineage, train_source, objective)
+        if objective.needs_empty_caption:
+            objective.empty_caption = _empty_caption(train_source, split, accelerator)
+        loop = _make_loop(config, family, accelerator, model, outputs, train_source, bank, plan, resume, objective)
         begin = time.perf_counter()
         result = loop.run()
         run = {
@@ -189,6 +195,38 @@ def _train(
     return StageResult(stage="train", state=STATE_OF_VERDICT[plan.verdict], key=plan.key, path=run_dir, summary=run)
 
 
+def _objective(config: RunConfig, family: ModelFamily, accelerator: Accelerator) -> Objective:
+    """Set up what is minimised."""
+    from diffsynth_pipe.training.engine import refuse_turns
+    from diffsynth_pipe.training.flow_match import SigmaDistribution
+    from diffsynth_pipe.training.loss_module import OneLoss
+
+    task = load_task(config.task_name)
+    if task.takes_turns:
+        refuse_turns(accelerator, config)
+        objective: Objective = task.objective(config, family)
+        return objective
+    return OneLoss(family, task, SigmaDistribution(family.schedule, config), config.max_grad_norm)
+
+
+def _empty_caption(source: SampleSource, split: Cut, accelerator: Accelerator) -> Batch:
+    """Return a batch of one with the fields made of the caption for the empty one."""
+    from diffsynth_pipe.training.engine import compute_dtype
+    from diffsynth_pipe.training.randomness import CaptionDropout
+    from diffsynth_pipe.training.sampler import BatchPlan
+    from diffsynth_pipe.training.sources import to_device
+
+    plan = BatchPlan(next(iter(source.bucket_sizes)), (0,), (0,))
+    (raw,) = source.batches([plan], CaptionDropout(seed=0, probability=1.0))
+    names = caption_fields(split)
+    kept = replace(
+        raw,
+        fields={name: raw.fields[name] for name in names},
+        lengths={name: raw.lengths[name] for name in names if name in raw.lengths},
+    )
+    return to_device(kept, accelerator.device, compute_dtype())
+
+
 def _load_models(
     config: RunConfig,
     family: ModelFamily,
@@ -197,16 +235,15 @@ def _load_models(
     accelerator: Accelerator,
     lineage: Mapping[str, object],
     source: SampleSource,
+    objective: Objective,
 ) -> tuple[LossModule, list[Output]]:
     """Load the models after the cut, ready to be trained; return them, and what a checkpoint holds of them."""
     from diffsynth_pipe.training import engine as engines
-    from diffsynth_pipe.training.flow_match import SigmaDistribution
     from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function, enable
     from diffsynth_pipe.training.lora_file import resolution_of
     from diffsynth_pipe.training.loss_module import LossModule
     from diffsynth_pipe.training.weights import load_checkpoint
 
-    levels = SigmaDistribution(family.schedule, config)
     recompute = checkpoint_function(config, engines.deepspeed_settings(accelerator))
     components = {
         name: engines.load_component(accelerator, name, family.components[name], component, config)
@@ -219,20 +256,22 @@ def _load_models(
     if config.resume_from_checkpoint is not None:
         prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
         load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)
-    outputs = _make_trainable(
+    outputs, helpers = _make_trainable(
         config,
         family,
         components,
         files,
         lineage,
         resolution_of(source.bucket_sizes),
+        objective,
         device=accelerator.device,
         writes=accelerator.is_main_process,
     )
     if recompute is not None:
-        for component in components.values():
+        denoisers = [helper for helper in helpers.values() if isinstance(helper, type(components["dit"]))]
+        for component in (*components.values(), *denoisers):
             enable(module_of(component), recompute)
-    return LossModule(family, load_task(config.task_name), components, levels, split), outputs
+    return LossModule(objective, {**components, **helpers}, split), outputs
 
 
 def _warn_of_other_expert(family: ModelFamily, config: RunConfig, files: ComponentFiles) -> None:
@@ -266,6 +305,7 @@ def _make_loop(
     bank: SampleSource,
     plan: StagePlan,
     resume: ResumePoint | None,
+    objective: Objective,
 ) -> Loop:
     """Put the saved weights, if any, into the models, and wrap them in the engine."""
     from diffsynth_pipe.training import engine as engines
@@ -286,15 +326,16 @@ def _make_loop(
         stratified=config.stratified_timesteps,
     )
     engines.set_find_unused_parameters(
-        accelerator, model, lambda: _first_loss(config, accelerator, model, source, sampler)
+        accelerator, model, lambda: _first_loss(config, accelerator, model, source, sampler, objective.turns[0])
     )
     return Loop(
         config,
         key=plan.key,
-        engine=engines.start(accelerator, model, config),
+        engine=engines.start(accelerator, model, config, objective.learning_rates),
         source=source,
         bank=bank,
         sampler=sampler,
+        objective=objective,
         trainable=trainable,
         outputs=outputs,
         run_dir=plan.path,
@@ -339,11 +380,12 @@ def _make_trainable(
     files: Mapping[str, ComponentFiles],
     lineage: Mapping[str, object],
     resolution: str | None,
+    objective: Objective,
     *,
     device: torch.device,
     writes: bool,
-) -> list[Output]:
-    """Unfreeze what is to be trained, add the LoRA, and return what a checkpoint holds of both.
+) -> tuple[list[Output], Mapping[str, Module]]:
+    """Unfreeze what is to be trained, add the LoRA; return what a checkpoint holds of both, and the helpers.
 
     A preset LoRA is fused into the denoiser before, then its weights are quantised, and the LoRA starts from a file, as
     far as the run names them. Every rank must take part; ``device`` is where this one trains, and ``writes`` says
@@ -379,6 +421,7 @@ def _make_trainable(
         fuse_lora(dit, read(config.preset_lora_path, parameter="preset_lora_path"))
     if files["dit"].quantization is not None:
         quantize(dit, files["dit"].quantization, device)
+    helpers = objective.helpers(dit)
     if config.lora_base_model:
         settings = lora_settings(config, family.lora_target_modules)
         add_lora(dit, settings, config.seed)
@@ -409,12 +452,18 @@ def _make_trainable(
         )
     dit.train()
     if files["dit"].fp8:
-        hold_in_fp8(dit, compute_dtype())
-    return outputs
+        for denoiser in (dit, *(helper for helper in helpers.values() if isinstance(helper, type(dit)))):
+            hold_in_fp8(denoiser, compute_dtype())
+    return outputs, helpers
 
 
 def _first_loss(
-    config: RunConfig, accelerator: Accelerator, model: LossModule, source: SampleSource, sampler: BucketSampler
+    config: RunConfig,
+    accelerator: Accelerator,
+    model: LossModule,
+    source: SampleSource,
+    sampler: BucketSampler,
+    turn: Turn,
 ) -> Tensor:
     """Return the mean loss of this rank's first micro-batch."""
     from diffsynth_pipe.training.engine import compute_dtype
@@ -428,7 +477,7 @@ def _first_loss(
     (raw,) = source.batches(plans[:1])
     batch = to_device(raw, accelerator.device, compute_dtype())
     draws = SampleDraws.of(batch, config.seed)
-    loss: Tensor = model(batch, draws)
+    loss: Tensor = model(batch, draws, turn)
     return loss.mean()
 
 

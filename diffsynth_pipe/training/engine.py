@@ -22,7 +22,7 @@ from diffsynth_pipe.training.optim import make_optimizer
 from diffsynth_pipe.training.partitioned import load_partitioned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from accelerate import Accelerator
     from accelerate.utils import DeepSpeedPlugin
@@ -208,8 +208,29 @@ def set_find_unused_parameters(accelerator: Accelerator, model: Module, first_lo
         )
 
 
-def start(accelerator: Accelerator, model: LossModule, config: RunConfig) -> Engine:
+def refuse_turns(accelerator: Accelerator, config: RunConfig) -> None:
+    """Refuse a task that takes turns under DeepSpeed, which steps on all parameters in every step.
+
+    Raises:
+        ConfigError: The launcher asked for DeepSpeed.
+    """
+    if deepspeed_settings(accelerator) is not None:
+        raise ConfigError(
+            f"task: {config.task!r} trains several models in turns, which DeepSpeed cannot; set accelerate_config_file "
+            "to deploy/accelerate/ddp.yaml, or to single_process.yaml there"
+        )
+
+
+def start(
+    accelerator: Accelerator, model: LossModule, config: RunConfig, learning_rates: Mapping[str, float] | None = None
+) -> Engine:
     """Wrap the model and make its optimizer.
+
+    Args:
+        accelerator: Joined.
+        model: The ``LossModule``.
+        config: The run.
+        learning_rates: Peak learning rates of models in it that have one of their own, by name.
 
     Raises:
         LaunchError: The engine is not the one that the launch configuration asks for.
@@ -228,7 +249,7 @@ def start(accelerator: Accelerator, model: LossModule, config: RunConfig) -> Eng
             split_threshold=config.cpu_offload_split_threshold,
             offload_trained=config.enable_optimizer_cpu_offload,
         )
-    optimizer = make_optimizer(config, trainable)
+    optimizer = make_optimizer(config, _groups(config, model, learning_rates) if learning_rates else trainable)
     if accelerator.num_processes > 1 and not _asked_for_deepspeed():
         # DDP would send the whole base from rank 0, which all ranks have read; and gloo cannot send FP8.
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -249,6 +270,17 @@ def start(accelerator: Accelerator, model: LossModule, config: RunConfig) -> Eng
     return Engine(
         accelerator=accelerator, model=wrapped, optimizer=optimizer, compute_dtype=dtype, description=description
     )
+
+
+def _groups(config: RunConfig, model: Module, learning_rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return the optimizer's groups of parameters; ``lr_scale`` is what the loop multiplies the learning rate by."""
+    own: dict[str, list[Any]] = {name: [] for name in ("", *learning_rates)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            helper = name.split(".")[1]
+            own[helper if helper in own else ""].append(parameter)
+    scales = {name: rate / config.learning_rate for name, rate in learning_rates.items()}
+    return [{"params": parameters, "lr_scale": scales.get(name, 1.0)} for name, parameters in own.items()]
 
 
 def _asked_for_deepspeed() -> bool:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
     from diffsynth_pipe.config import RunConfig
-    from diffsynth_pipe.contracts import Batch
+    from diffsynth_pipe.contracts import Batch, Objective, Turn
     from diffsynth_pipe.training.engine import Engine
     from diffsynth_pipe.training.outputs import Output
     from diffsynth_pipe.training.sampler import BatchPlan, BucketSampler
@@ -88,6 +88,7 @@ class Loop:
         source: Yields the samples to train on.
         bank: Yields the samples to validate with.
         sampler: The order of the former, in global batches.
+        objective: What the steps are for.
         trainable: What is trained, by the names in the ``LossModule``.
         outputs: What a checkpoint holds for users.
         run_dir: Gets ``metrics.jsonl`` and the checkpoints.
@@ -103,6 +104,7 @@ class Loop:
         source: SampleSource,
         bank: SampleSource,
         sampler: BucketSampler,
+        objective: Objective,
         trainable: Mapping[str, Parameter],
         outputs: Sequence[Output],
         run_dir: Path,
@@ -114,6 +116,9 @@ class Loop:
         self._accelerator = engine.accelerator
         self._source = source
         self._trainable = trainable
+        self._turns = objective.turns
+        helpers = tuple(f"models.{name}." for name in objective.learning_rates)
+        self._averaged = {name: weight for name, weight in trainable.items() if not name.startswith(helpers)}
         self._outputs = outputs
         self._run_dir = run_dir
         self._resume = resume
@@ -207,7 +212,7 @@ class Loop:
         folder = checkpoint.state_folder
         states.load_optimizer(self._engine, self._trainable, folder, state["optimizer"])
         if self._config.use_ema:
-            weights = states.current_weights(self._engine, self._trainable)
+            weights = states.current_weights(self._engine, self._averaged)
             averages = safetensors.torch.load_file(folder / f"{states.EMA}.safetensors") if weights else {}
             self._moving_average = MovingAverage(
                 {name: averages[name].to(weight.device) for name, weight in weights.items()}, self._config.ema_decay
@@ -265,9 +270,10 @@ class Loop:
         deciles: list[Tensor] = []
         sample_ids: list[str] = []
         grad_norm = math.nan
+        turn = self._turns[(step - 1) % len(self._turns)]
         learning_rate = self._learning_rate(step - 1)
         for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         for micro_step in range(accelerator.gradient_accumulation_steps):
             wait_begin = time.perf_counter()
             batch = next(batches)
@@ -275,36 +281,39 @@ class Loop:
             with accelerator.accumulate(engine.model):
                 self._seed_dropout(step, micro_step)
                 draws = SampleDraws.of(batch, self._config.seed)
-                loss = engine.model(batch, draws)
+                loss = engine.model(batch, draws, turn)
                 accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:
                     # DeepSpeed has clipped and stepped by now; it only returns the norm here.
-                    norm = accelerator.clip_grad_norm_(self._trainable.values(), self._config.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(self._trainable.values(), turn.max_grad_norm)
                     grad_norm = float(norm)
                 engine.optimizer.step()
                 engine.optimizer.zero_grad()
             losses.append(loss.detach())
             deciles.append((draws.uniform() * LossByDecile.NUM_DECILES).long().to(loss.device))
             sample_ids.extend(batch.sample_ids)
-        mean_loss = self._mean_loss(step, torch.cat(losses), torch.cat(deciles), sample_ids)
+        mean_loss = self._mean_loss(step, turn, torch.cat(losses), torch.cat(deciles), sample_ids)
         if not math.isfinite(grad_norm):
             raise LaunchError(f"step {step}: the norm of the gradients is {grad_norm}; lower --learning_rate")
         if self._config.use_ema:
             self._update_moving_average(step)
         elapsed_s = time.perf_counter() - begin
+        by_turn = {f"{turn.name}_loss": mean_loss} if len(self._turns) > 1 else {}
         return {
             "loss": mean_loss,
+            **by_turn,
             "lr": learning_rate,
             "grad_norm": grad_norm,
             "samples_per_s": round(len(sample_ids) * accelerator.num_processes / elapsed_s, 3),
             "data_wait_share": round(waited_s / elapsed_s, 4),
         }
 
-    def _mean_loss(self, step: int, losses: Tensor, deciles: Tensor, sample_ids: list[str]) -> float:
+    def _mean_loss(self, step: int, turn: Turn, losses: Tensor, deciles: Tensor, sample_ids: list[str]) -> float:
         """Return the mean over the global batch; equal on all ranks, so that all of them stop at a NaN."""
         gathered, gathered_deciles = self._accelerator.gather((losses, deciles))
         if gathered.isfinite().all():
-            self._loss_by_decile.add(gathered_deciles, gathered)
+            if not turn.of_helpers:
+                self._loss_by_decile.add(gathered_deciles, gathered)
             return float(gathered.double().mean())
         from accelerate.utils import gather_object
 
@@ -324,12 +333,16 @@ class Loop:
             torch.cuda.manual_seed(seed)
 
     def _update_moving_average(self, step: int) -> None:
-        """Take the weights of this step into the average, which rank 0 keeps."""
+        """Take the weights of this step into the average, which rank 0 keeps, if the step was for them."""
+        num_cycles, place = divmod(step - 1, len(self._turns))
+        if self._turns[place].of_helpers:
+            return
+        weights = states.current_weights(self._engine, self._averaged)
         if self._moving_average is None:
-            weights = states.current_weights(self._engine, self._trainable)
             self._moving_average = MovingAverage(weights, self._config.ema_decay)
         else:
-            self._moving_average.update(states.current_weights(self._engine, self._trainable), step)
+            in_a_cycle = [not turn.of_helpers for turn in self._turns]
+            self._moving_average.update(weights, num_cycles * sum(in_a_cycle) + sum(in_a_cycle[: place + 1]))
 
     def _save(self, step: int) -> tuple[run_dirs.Checkpoint, list[str]]:
         """Publish a checkpoint; return it, and the files in it that a user loads. Every rank must take part."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module, ModuleDict
 
-from diffsynth_pipe.contracts import module_of
+from diffsynth_pipe.contracts import Turn, module_of
 from diffsynth_pipe.training.sources import collate
 
 if TYPE_CHECKING:
@@ -15,8 +15,37 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from diffsynth_pipe.contracts import Batch, Draws, ModelFamily, NoiseLevels, TrainingTask
+    from diffsynth_pipe.contracts import Batch, Draws, ModelFamily, NoiseLevels, Objective, TrainingTask
     from diffsynth_pipe.graph import Cut
+
+
+class OneLoss:
+    """The objective of a task that minimises one loss in every step; see ``Objective``.
+
+    Args:
+        family: Calls the denoiser.
+        task: Computes the loss.
+        levels: The distribution of noise levels.
+        max_grad_norm: Gradients above this global norm are scaled.
+    """
+
+    def __init__(self, family: ModelFamily, task: TrainingTask, levels: NoiseLevels, max_grad_norm: float) -> None:
+        self.turns: tuple[Turn, ...] = (Turn(name="train", max_grad_norm=max_grad_norm),)
+        self.learning_rates: Mapping[str, float] = {}
+        self.needs_empty_caption = False
+        self.empty_caption: Batch | None = None
+        self.lineage: Mapping[str, object] = {}
+        self._family = family
+        self._task = task
+        self._levels = levels
+
+    def helpers(self, dit: Module) -> Mapping[str, Module]:  # noqa: ARG002 - the run's models are all
+        """Return nothing."""
+        return {}
+
+    def loss(self, models: Mapping[str, Module], batch: Batch, draws: Draws, turn: Turn | None) -> Tensor:  # noqa: ARG002
+        """Return the task's loss, in training and in validation."""
+        return self._task.loss(self._family, models, batch, draws, self._levels)
 
 
 class LossModule(Module):
@@ -26,35 +55,29 @@ class LossModule(Module):
     often a task calls them.
 
     Args:
-        family: Calls the denoiser.
-        task: Computes the loss.
-        components: The loaded models after the cut by their names; ``dit`` among them.
-        levels: The distribution of noise levels.
+        objective: Computes the loss.
+        components: The loaded models after the cut by their names, ``dit`` among them, and the objective's helpers.
         split: Its live units run in every step; None if there are none.
     """
 
     def __init__(
         self,
-        family: ModelFamily,
-        task: TrainingTask,
+        objective: Objective,
         components: Mapping[str, Any],
-        levels: NoiseLevels,
         split: Cut | None = None,
     ) -> None:
         super().__init__()
         self.models = ModuleDict({name: module_of(component) for name, component in components.items()})
         self._components = components
-        self._family = family
-        self._task = task
-        self._levels = levels
+        self._objective = objective
         self._live = split.live if split else ()
         self._columns = split.columns if split else ()
 
-    def forward(self, batch: Batch, draws: Draws) -> Tensor:
-        """Return one loss per sample, fp32 ``[batch]``."""
+    def forward(self, batch: Batch, draws: Draws, turn: Turn | None = None) -> Tensor:
+        """Return one loss per sample, fp32 ``[batch]``; without a turn that of a validation."""
         if self._live:
             batch = self._encode(batch)
-        return self._task.loss(self._family, dict(self.models.items()), batch, draws, self._levels)
+        return self._objective.loss(dict(self.models.items()), batch, draws, turn)
 
     def _encode(self, batch: Batch) -> Batch:
         """Add what the live units make of each sample, with gradients."""

@@ -10,7 +10,7 @@ import torch
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
     from torch.nn import Parameter
@@ -22,8 +22,8 @@ DIFFSYNTH_WARMUP_STEPS = 5
 """The reference leaves torch's ``ConstantLR`` at its defaults: a third of the rate in the first five steps."""
 
 
-def make_optimizer(config: RunConfig, parameters: Iterable[Parameter]) -> Optimizer:
-    """Make the optimizer that ``customized_optimizer`` names, or AdamW.
+def make_optimizer(config: RunConfig, parameters: Iterable[Parameter] | Sequence[dict[str, Any]]) -> Optimizer:
+    """Make the optimizer that ``customized_optimizer`` names, or AdamW, for parameters or groups of them.
 
     Raises:
         ConfigError: There is no such class, or it refuses to be called with (params, lr, weight_decay).

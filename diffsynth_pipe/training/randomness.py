@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from diffsynth_pipe.contracts import Batch
 
+TIMESTEP = "timestep"
+
 
 class SampleDraws:
     """The draws of one batch.
@@ -49,7 +51,7 @@ class SampleDraws:
         """Return the draws of a batch in training."""
         return cls(seed, batch.sample_ids, batch.visits, slots=batch.slots, num_slots=batch.num_slots)
 
-    def noise(self, like: Tensor) -> Tensor:
+    def noise(self, like: Tensor, purpose: str = "noise") -> Tensor:
         """Return standard normal noise, fp32, of the shape and on the device of ``like``.
 
         It is drawn on the CPU, one generator per sample, so that every kind of device sees the same numbers.
@@ -57,12 +59,17 @@ class SampleDraws:
         noise = torch.empty(like.shape, dtype=torch.float32)
         for row, key in zip(noise, self._keys, strict=True):
             # The CPU generator keeps only the low 32 bits of its seed.
-            row.normal_(generator=torch.Generator().manual_seed(_uniform_64(key, "noise") & 0xFFFFFFFF))
+            row.normal_(generator=torch.Generator().manual_seed(_uniform_64(key, purpose) & 0xFFFFFFFF))
         return noise.to(like.device)
 
-    def uniform(self) -> Tensor:
-        """Return one number per sample, uniform over its stratum of [0, 1), fp64 ``[batch]``, on CPU."""
-        own = [(_uniform_64(key, "timestep") >> 11) * 2.0**-53 for key in self._keys]
+    def uniform(self, purpose: str = TIMESTEP) -> Tensor:
+        """Return one number per sample, uniform over [0, 1), fp64 ``[batch]``, on CPU.
+
+        Those that decide timesteps are uniform over the sample's stratum.
+        """
+        own = [(_uniform_64(key, purpose) >> 11) * 2.0**-53 for key in self._keys]
+        if purpose != TIMESTEP:
+            return torch.tensor(own, dtype=torch.float64)
         values = [(slot + value) / self._num_slots for slot, value in zip(self._slots, own, strict=True)]
         return torch.tensor(values, dtype=torch.float64).clamp(max=1 - 2.0**-53)  # the division may round up to 1
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffsynth_pipe.errors import LaunchError
-from diffsynth_pipe.training.randomness import SampleDraws
+from diffsynth_pipe.training.randomness import TIMESTEP, SampleDraws
 from diffsynth_pipe.training.sampler import BatchPlan
 from diffsynth_pipe.training.sources import to_device
 
@@ -112,12 +112,14 @@ class ValidationDraws:
         self._levels = visits
         self._draws = SampleDraws(0, sample_ids, visits, stream="validation")
 
-    def noise(self, like: Tensor) -> Tensor:
+    def noise(self, like: Tensor, purpose: str = "noise") -> Tensor:
         """Return standard normal noise, fp32, of the shape and on the device of ``like``."""
-        return self._draws.noise(like)
+        return self._draws.noise(like, purpose)
 
-    def uniform(self) -> Tensor:
-        """Return the middle of each item's part of the noise levels, fp64."""
+    def uniform(self, purpose: str = TIMESTEP) -> Tensor:
+        """Return the middle of each item's part of the noise levels, fp64; for other purposes random numbers."""
+        if purpose != TIMESTEP:
+            return self._draws.uniform(purpose)
         return torch.tensor([(2 * level + 1) / (2 * NUM_LEVELS) for level in self._levels], dtype=torch.float64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from diffsynth_pipe.contracts import Batch, ComponentFiles, Quantization, load_family, plugin_names
 from diffsynth_pipe.errors import CacheMismatch, ModelError
 from diffsynth_pipe.modeling.quantization import quantize
+from diffsynth_pipe.training.discriminator import blocks, feature_maps, feature_width
 from diffsynth_pipe.training.flow_match import sigma_grid
 from diffsynth_pipe.training.lora import LoraSettings, add_lora, lora_parameters, target_layers
 from diffsynth_pipe.training.lora_file import export_lora
@@ -318,6 +320,34 @@ def test_the_number_of_tokens_is_what_the_denoiser_sees(tiny):
         hook.remove()
     growth = [longer - shorter for shorter, longer in zip(*seen, strict=True)]
     assert growth.count(counts[1] - counts[0]) > len(growth) / 4
+
+
+def test_blocks_put_out_the_tokens_of_the_latents_as_maps(tiny):
+    """After the last block each token is on its own: changed at one place of the map, the velocity is changed there."""
+    family, dit = tiny.family, tiny.components["dit"]
+    batch = collate(family, tiny.records)
+    noisy = torch.randn(batch.fields[family.latents_field].shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.full((len(noisy),), 0.5)
+    all_blocks = [block for block, _ in blocks(dit, family.blocks)]
+    indices = range(len(all_blocks))
+    with feature_maps(family, dit, indices, noisy) as maps:
+        before = predict(tiny, batch, noisy, sigma)
+    assert len(maps) == len(all_blocks)
+    count, width, num_frames, rows, columns = maps[0].shape
+    assert {tuple(features.shape) for features in maps} == {tuple(maps[0].shape)}
+    assert (count, num_frames * rows * columns) == (len(noisy), family.num_tokens(noisy.shape))
+    assert width == feature_width(dit, family)
+    place = (num_frames - 1, rows - 1, columns // 2)
+    with feature_maps(family, dit, indices, noisy) as maps, contextlib.ExitStack() as stack:
+
+        def change(*_):
+            maps[-1][:, 0, *place].add_(10)  # a map is a view of what the block puts out
+
+        stack.callback(all_blocks[-1].register_forward_hook(change).remove)
+        after = predict(tiny, batch, noisy, sigma)
+    patches = (after - before).abs().reshape(count, -1, num_frames, rows, noisy.shape[-2] // rows, noisy.shape[-1])
+    changed = patches.unflatten(-1, (columns, -1)).amax(dim=(0, 1, 4, 6)) > 0
+    assert changed.nonzero().tolist() == [list(place)]
 
 
 def test_gradients_reach_the_denoiser(tiny):

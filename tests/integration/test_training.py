@@ -23,7 +23,7 @@ from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.train import main
 from diffsynth_pipe.training.flow_match import SigmaDistribution
-from diffsynth_pipe.training.loss_module import LossModule
+from diffsynth_pipe.training.loss_module import LossModule, OneLoss
 from diffsynth_pipe.training.randomness import SampleDraws
 from diffsynth_pipe.training.run_dir import list_checkpoints
 from diffsynth_pipe.training.sampler import BucketSampler
@@ -206,7 +206,7 @@ def test_diffusers_loads_the_lora_and_gives_the_loss_that_training_ended_with(pa
 
     def loss():
         levels = SigmaDistribution(FAMILY.schedule, load_config(None, parameters))
-        model = LossModule(FAMILY, load_task("sft"), {"dit": pipe.transformer}, levels)
+        model = LossModule(OneLoss(FAMILY, load_task("sft"), levels, 1.0), {"dit": pipe.transformer})
         return Validator(model, source, Accelerator(), torch.float32, num_samples=3, held_out=False).measure(0).loss
 
     assert loss() == pytest.approx(run["loss_before"], rel=1e-7)

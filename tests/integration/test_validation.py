@@ -20,7 +20,7 @@ from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.train import main
 from diffsynth_pipe.training.flow_match import SigmaDistribution
 from diffsynth_pipe.training.lora import LoraSettings, add_lora
-from diffsynth_pipe.training.loss_module import LossModule
+from diffsynth_pipe.training.loss_module import LossModule, OneLoss
 from diffsynth_pipe.training.randomness import SampleDraws
 from diffsynth_pipe.training.sources import CachedSource
 from diffsynth_pipe.training.validation import Validator
@@ -152,7 +152,7 @@ def test_the_base_is_the_model_without_its_lora_and_measuring_changes_nothing(ca
 
     def validator():
         levels = SigmaDistribution(FAMILY.schedule, load_config(None, parameters))
-        model = LossModule(FAMILY, load_task("sft"), {"dit": dit}, levels)
+        model = LossModule(OneLoss(FAMILY, load_task("sft"), levels, 1.0), {"dit": dit})
         return Validator(model, source, Accelerator(), torch.float32, num_samples=4, held_out=False)
 
     first = validator()

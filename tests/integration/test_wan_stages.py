@@ -20,7 +20,7 @@ from diffsynth_pipe.stages.data_process import data_process
 from diffsynth_pipe.stages.plan import check_switches
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.flow_match import SigmaDistribution
-from diffsynth_pipe.training.loss_module import LossModule
+from diffsynth_pipe.training.loss_module import LossModule, OneLoss
 from diffsynth_pipe.training.sources import CachedSource
 from diffsynth_pipe.training.validation import Validator
 
@@ -162,7 +162,7 @@ def test_a_fresh_pipeline_with_the_lora_gives_the_loss_that_training_ended_with(
 
     def loss():
         levels = SigmaDistribution(family.schedule, load_config(None, parameters))
-        module = LossModule(family, load_task("sft"), {"dit": getattr(pipeline, model)}, levels)
+        module = LossModule(OneLoss(family, load_task("sft"), levels, 1.0), {"dit": getattr(pipeline, model)})
         return Validator(module, source, Accelerator(), torch.float32, num_samples=2, held_out=False).measure(0).loss
 
     assert loss() == pytest.approx(run["loss_before"], rel=1e-7)

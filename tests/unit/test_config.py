@@ -220,10 +220,32 @@ OTHER_VALUES = {
     "cpu_offload_split_threshold": ("16", 16, "nothing"),
     "max_steps": ("100", 100, "weights"),
     "accelerate_config_file": ("a.yaml", "a.yaml", "nothing"),
+    "dmd2_student_update_freq": ("3", 3, "weights"),
+    "dmd2_student_sample_steps": ("2", 2, "weights"),
+    "dmd2_student_sample_type": ("ode", "ode", "weights"),
+    "dmd2_student_schedule": ("family", "family", "weights"),
+    "dmd2_student_t_list": ("0.9,0.5,0", "0.9,0.5,0", "weights"),
+    "dmd2_matching_t_min": ("0.1", 0.1, "weights"),
+    "dmd2_matching_t_max": ("0.9", 0.9, "weights"),
+    "dmd2_matching_t_sampling": ("logitnormal", "logitnormal", "weights"),
+    "dmd2_matching_t_mean": ("1", 1.0, "weights"),
+    "dmd2_matching_t_std": ("0.5", 0.5, "weights"),
+    "dmd2_gan_loss_weight": ("0.1", 0.1, "weights"),
+    "dmd2_gan_r1_reg_weight": ("1", 1.0, "weights"),
+    "dmd2_gan_r1_reg_alpha": ("0.2", 0.2, "weights"),
+    "dmd2_gan_logit_reg_weight": ("0.01", 0.01, "weights"),
+    "dmd2_fake_score_learning_rate": ("1e-5", 1e-05, "weights"),
+    "dmd2_discriminator_learning_rate": ("1e-5", 1e-05, "weights"),
+    "dmd2_feature_indices": ("12,24", "12,24", "weights"),
+    "dmd2_discriminator_hidden_dim": ("64", 64, "weights"),
+    "dmd2_discriminator_num_blocks": ("20", 20, "weights"),
+    "dmd2_teacher_cfg_scale": ("4", 4.0, "weights"),
+    "dmd2_student_grad_clip_norm": ("1", 1.0, "weights"),
 }
 SUPPORTED = [name for name in RunConfig.model_fields if field_metadata(name)["supported"]]
 UNSUPPORTED = [name for name in RunConfig.model_fields if not field_metadata(name)["supported"]]
 LOGIT_NORMAL = {"timestep_sampling": "logit_normal"}
+DMD2 = {"task": "dmd2"}
 PARTNER = {
     "height": {"width": "384"},
     "width": {"height": "512"},
@@ -241,6 +263,10 @@ PARTNER = {
     "logit_std": LOGIT_NORMAL,
     "timestep_shift": LOGIT_NORMAL,
     "min_snr_gamma": {"loss_weighting": "min_snr"},
+    **{name: DMD2 for name in OTHER_VALUES if name.startswith("dmd2_")},
+    "dmd2_matching_t_mean": DMD2 | {"dmd2_matching_t_sampling": "logitnormal"},
+    "dmd2_matching_t_std": DMD2 | {"dmd2_matching_t_sampling": "logitnormal"},
+    "dmd2_gan_r1_reg_alpha": DMD2 | {"dmd2_gan_r1_reg_weight": "1"},
 }
 
 

@@ -24,6 +24,7 @@ class DirectDistillation:
     """The task ``direct_distill``: the image of a row is what a teacher made of its seed in many guided steps."""
 
     draws_noise_levels = False
+    takes_turns = False
 
     def units(self, family: ModelFamily) -> tuple[EncodeUnit, ...]:
         """Return the family's units, the one that draws the row's noise, and the one that stores its steps."""

@@ -19,6 +19,7 @@ class SupervisedFineTuning:
     """The task ``sft``."""
 
     draws_noise_levels = True
+    takes_turns = False
 
     def units(self, family: ModelFamily) -> tuple[EncodeUnit, ...]:
         """Return the family's units."""
