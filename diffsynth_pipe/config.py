@@ -26,7 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from cache_store.durable import replace_file
 from cache_store.object_path import SCHEME, root_of
-from diffsynth_pipe.contracts import load_task, plugin_names
+from diffsynth_pipe.contracts import TEMPLATE_COLUMN, load_task, plugin_names
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -193,7 +193,10 @@ class RunConfig(BaseModel):
     lr_power: Positive = _setting("training", "weights", 1.0, "Power of polynomial.")
     num_epochs: Count = _setting("training", "weights", 1, "Epochs, each of dataset_repeat passes.")
     trainable_models: str | None = _setting(
-        "training", "weights", None, "Models to train in full, comma-separated: dit, text_encoder."
+        "training",
+        "weights",
+        None,
+        "Models to train in full, comma-separated: dit, text_encoder, template_model, or a part template_model.NAME.",
     )
     find_unused_parameters: bool = _setting(
         "training",
@@ -353,9 +356,15 @@ class RunConfig(BaseModel):
         "model-specific", "nothing", False, "FLUX: save the LoRA under kohya's names."
     )
     enable_npu_patch: bool = _planned("model-specific", "nothing", False, "Z-Image: kernels for Ascend NPUs.")
-    template_model_id_or_path: str | None = _planned("model-specific", "weights", None, "Template model.")
-    enable_lora_hot_loading: bool = _planned(
-        "model-specific", "weights", False, "Image-to-LoRA models: swap the LoRA while running."
+    template_model_id_or_path: str | None = _setting(
+        "model-specific",
+        "nothing",
+        None,
+        "FLUX.2, Z-Image: folder of a template model, or id:folder. Its model.py is run; needs trust_remote_code and"
+        " template_inputs in extra_inputs.",
+    )
+    enable_lora_hot_loading: bool = _setting(
+        "model-specific", "weights", False, "Put the LoRA that a template model yields for a sample into the denoiser."
     )
 
     enable_tensorboard_log: bool = _setting(
@@ -548,6 +557,9 @@ class RunConfig(BaseModel):
         "torch",
         "What recomputes activations. deepspeed: as activation_checkpointing of the DeepSpeed file says.",
     )
+    trust_remote_code: bool = _setting(
+        "this project", "nothing", False, "Run the model.py of template_model_id_or_path. It can do all that you can."
+    )
     nvme_path: str | None = _setting(
         "this project",
         "nothing",
@@ -683,6 +695,31 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _template_model(self) -> Self:
+        path, reads = self.template_model_id_or_path, TEMPLATE_COLUMN in comma_list(self.extra_inputs)
+        message = None
+        if path is None:
+            needy = {
+                "enable_lora_hot_loading": self.enable_lora_hot_loading,
+                "trust_remote_code": self.trust_remote_code,
+                f"extra_inputs: {TEMPLATE_COLUMN}": reads,
+            }
+            if idle := [name for name, is_set in needy.items() if is_set]:
+                message = f"{idle[0]}: has no effect without template_model_id_or_path; set it too"
+        elif not self.trust_remote_code:
+            message = (
+                f"template_model_id_or_path: the model.py of {path!r} would be run with all your rights; read it, then "
+                "set trust_remote_code"
+            )
+        elif not reads:
+            message = f"template_model_id_or_path: reads the column {TEMPLATE_COLUMN}; name it in extra_inputs"
+        elif self.gradient_checkpointing_backend == "deepspeed":
+            message = "gradient_checkpointing_backend: 'deepspeed' gives a template model no gradient; take torch"
+        if message:
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
     def _dora_in_its_only_format(self) -> Self:
         if self.lora_use_dora and self.lora_format != "diffusers":
             message = f"lora_use_dora, lora_format: {self.lora_format} cannot hold DoRA's norms; set it to diffusers"
@@ -762,7 +799,10 @@ class RunConfig(BaseModel):
                 return [absolute(item) for item in value]
             return value if value is None or value in ids or value.startswith(SCHEME) else str(Path(value).absolute())
 
-        return self.model_copy(update={name: absolute(getattr(self, name)) for name in _PATHS})
+        changes = {name: absolute(getattr(self, name)) for name in _PATHS}
+        if self.template_model_id_or_path and Path(self.template_model_id_or_path).is_dir():
+            changes["template_model_id_or_path"] = absolute(self.template_model_id_or_path)
+        return self.model_copy(update=changes)
 
     def save(self, path: Path) -> None:
         """Write all values as YAML that ``load_config`` reads; atomically."""

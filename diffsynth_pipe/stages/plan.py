@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from cache_store.contract import CacheCorrupt, CacheNotFound
 from cache_store.durable import file_sizes
 from diffsynth_pipe.config import comma_list
-from diffsynth_pipe.contracts import CAPTION_COLUMN, column_unit, load_family, load_task
+from diffsynth_pipe.contracts import (
+    CAPTION_COLUMN,
+    TEMPLATE_MODEL,
+    TEMPLATE_PROCESSOR,
+    column_unit,
+    load_family,
+    load_task,
+)
 from diffsynth_pipe.errors import ConfigError, ModelFileMissing
 from diffsynth_pipe.fingerprint import component_digest, file_digest, json_digest, record_key, unit_recipe
 from diffsynth_pipe.graph import Cut, cut
@@ -115,11 +122,13 @@ def trainable_models(config: RunConfig) -> frozenset[str]:
         ConfigError: There are none, one is unknown or cannot be trained, or one is named twice.
     """
     family = load_family(config.family)
-    full = comma_list(config.trainable_models)
+    full = [model_of(name) for name in comma_list(config.trainable_models)]
+    known = [name for name in family.components if name != TEMPLATE_PROCESSOR]
     for name in full:
-        if name not in family.components:
-            known = ", ".join(family.components)
-            raise ConfigError(f"trainable_models: {config.family} has no {name!r}, only {known}")
+        if name not in known:
+            raise ConfigError(f"trainable_models: {config.family} has no {name!r}, only {', '.join(known)}")
+        if name == TEMPLATE_MODEL and config.template_model_id_or_path is None:
+            raise ConfigError(f"trainable_models: names the {name}; set template_model_id_or_path too")
         if name == "vae":
             message = "trainable_models: training the vae is not supported; train dit or text_encoder"
             raise ConfigError(message)
@@ -134,6 +143,11 @@ def trainable_models(config: RunConfig) -> frozenset[str]:
         message = "nothing to train: set --lora_base_model, for example --lora_base_model dit, or --trainable_models"
         raise ConfigError(message)
     return names
+
+
+def model_of(name: str) -> str:
+    """Return the component that an item of ``trainable_models`` names; of a template model it may name a part."""
+    return TEMPLATE_MODEL if name.startswith(f"{TEMPLATE_MODEL}.") else name
 
 
 def plan_cut(config: RunConfig, family: ModelFamily) -> Cut:
@@ -160,9 +174,10 @@ def _enabled_units(config: RunConfig, units: Sequence[EncodeUnit]) -> list[Encod
 
 
 def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:
-    """Return the components that a training step runs: the denoiser, and those of live units."""
+    """Return the components that a training step runs: the denoiser, its template model, and those of live units."""
     live = {unit.component for unit in plan_cut(config, family).live if unit.component}
-    return sorted({"dit"} | live)
+    template = set() if config.template_model_id_or_path is None else {TEMPLATE_MODEL}
+    return sorted({"dit"} | template | live)
 
 
 def check_switches(config: RunConfig, family: ModelFamily) -> None:

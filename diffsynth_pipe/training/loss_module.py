@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from diffsynth_pipe.contracts import Batch, Draws, ModelFamily, NoiseLevels, TrainingTask
     from diffsynth_pipe.graph import Cut
+    from diffsynth_pipe.training.templates import TemplateInjection
 
 
 class LossModule(Module):
@@ -31,6 +32,7 @@ class LossModule(Module):
         components: The loaded models after the cut by their names; ``dit`` among them.
         levels: The distribution of noise levels.
         split: Its live units run in every step; None if there are none.
+        template: Lets a template model act on the denoiser; None if there is none.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class LossModule(Module):
         components: Mapping[str, Any],
         levels: NoiseLevels,
         split: Cut | None = None,
+        template: TemplateInjection | None = None,
     ) -> None:
         super().__init__()
         self.models = ModuleDict({name: module_of(component) for name, component in components.items()})
@@ -49,11 +52,14 @@ class LossModule(Module):
         self._levels = levels
         self._live = split.live if split else ()
         self._columns = split.columns if split else ()
+        self.template = template
 
     def forward(self, batch: Batch, draws: Draws) -> Tensor:
         """Return one loss per sample, fp32 ``[batch]``."""
         if self._live:
             batch = self._encode(batch)
+        if self.template is not None:
+            self.template(batch)
         return self._task.loss(self._family, dict(self.models.items()), batch, draws, self._levels)
 
     def _encode(self, batch: Batch) -> Batch:
