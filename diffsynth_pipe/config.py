@@ -696,22 +696,16 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _template_model(self) -> Self:
-        path, reads = self.template_model_id_or_path, TEMPLATE_COLUMN in comma_list(self.extra_inputs)
-        message = None
+        path, message = self.template_model_id_or_path, None
         if path is None:
-            needy = {
-                "enable_lora_hot_loading": self.enable_lora_hot_loading,
-                "trust_remote_code": self.trust_remote_code,
-                f"extra_inputs: {TEMPLATE_COLUMN}": reads,
-            }
-            if idle := [name for name, is_set in needy.items() if is_set]:
-                message = f"{idle[0]}: has no effect without template_model_id_or_path; set it too"
+            if self.enable_lora_hot_loading:
+                message = "enable_lora_hot_loading: has no effect without template_model_id_or_path; set it too"
         elif not self.trust_remote_code:
             message = (
                 f"template_model_id_or_path: the model.py of {path!r} would be run with all your rights; read it, then "
                 "set trust_remote_code"
             )
-        elif not reads:
+        elif TEMPLATE_COLUMN not in comma_list(self.extra_inputs):
             message = f"template_model_id_or_path: reads the column {TEMPLATE_COLUMN}; name it in extra_inputs"
         elif self.gradient_checkpointing_backend == "deepspeed":
             message = "gradient_checkpointing_backend: 'deepspeed' gives a template model no gradient; take torch"

@@ -15,6 +15,7 @@ from cache_store.durable import file_sizes
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.contracts import (
     CAPTION_COLUMN,
+    TEMPLATE_COLUMN,
     TEMPLATE_MODEL,
     TEMPLATE_PROCESSOR,
     column_unit,
@@ -161,7 +162,7 @@ def _enabled_units(config: RunConfig, units: Sequence[EncodeUnit]) -> list[Encod
     """Return the units that take part in this run.
 
     Raises:
-        ConfigError: ``extra_inputs`` names what no unit knows.
+        ConfigError: ``extra_inputs`` names what no unit knows, or what a template model reads that is not named.
     """
     named = comma_list(config.extra_inputs)
     known = dict.fromkeys(name for unit in units for name in (*unit.extra_columns, unit.enabled_by) if name)
@@ -170,6 +171,8 @@ def _enabled_units(config: RunConfig, units: Sequence[EncodeUnit]) -> list[Encod
             f"extra_inputs: task {config.task!r} of family {config.family!r} reads no column {', '.join(unknown)}, only"
             f" {', '.join(known) or 'none'}"
         )
+    if TEMPLATE_COLUMN in named and config.template_model_id_or_path is None:
+        raise ConfigError(f"extra_inputs: names {TEMPLATE_COLUMN}; set template_model_id_or_path, which reads them")
     return [unit for unit in units if unit.enabled_by is None or unit.enabled_by in named]
 
 

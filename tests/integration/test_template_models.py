@@ -256,7 +256,16 @@ def test_a_file_that_the_inputs_name_is_a_part_of_the_records_key(template_confi
     [
         ({"trust_remote_code": False}, "template_model_id_or_path: the model.py of .* read it, then set trust_remote"),
         ({"extra_inputs": None}, "template_model_id_or_path: reads the column template_inputs; name it in extra_in"),
-        ({"template_model_id_or_path": None}, "trust_remote_code: has no effect without template_model_id_or_path"),
+        ({"template_model_id_or_path": None}, "trainable_models: names the template_model; set template_model_id_or_p"),
+        (
+            {"template_model_id_or_path": None, "trainable_models": "dit"},
+            "extra_inputs: names template_inputs; set template_model_id_or_path, which reads them",
+        ),
+        (
+            {"template_model_id_or_path": None, "enable_lora_hot_loading": True},
+            "enable_lora_hot_loading: has no effect without template_model_id_or_path; set it too",
+        ),
+        ({"trainable_models": "template_processor"}, "trainable_models: flux2 has no 'template_processor', only text"),
         (
             {"gradient_checkpointing_backend": "deepspeed", "use_gradient_checkpointing": True},
             "gradient_checkpointing_backend: 'deepspeed' gives a template model no gradient",

@@ -197,6 +197,9 @@ OTHER_VALUES = {
     "min_snr_gamma": ("2", 2.0, "weights"),
     "caption_dropout": ("0.1", 0.1, "weights"),
     "gradient_checkpointing_backend": ("deepspeed", "deepspeed", "nothing"),
+    "template_model_id_or_path": ("brightness", "brightness", "nothing"),
+    "enable_lora_hot_loading": ("true", True, "weights"),
+    "trust_remote_code": ("true", True, "nothing"),
     "nvme_path": ("/nvme", "/nvme", "nothing"),
     "enable_tensorboard_log": ("true", True, "nothing"),
     "enable_swanlab_log": ("true", True, "nothing"),
@@ -214,6 +217,7 @@ OTHER_VALUES = {
 SUPPORTED = [name for name in RunConfig.model_fields if field_metadata(name)["supported"]]
 UNSUPPORTED = [name for name in RunConfig.model_fields if not field_metadata(name)["supported"]]
 LOGIT_NORMAL = {"timestep_sampling": "logit_normal"}
+TRUSTED = {"trust_remote_code": "true", "extra_inputs": "template_inputs"}
 PARTNER = {
     "height": {"width": "384"},
     "width": {"height": "512"},
@@ -223,6 +227,8 @@ PARTNER = {
     "ema_decay": {"use_ema": "true"},
     "frame_rate": {"fix_frame_rate": "true"},
     "gradient_checkpointing_backend": {"use_gradient_checkpointing": "true"},
+    "template_model_id_or_path": TRUSTED,
+    "enable_lora_hot_loading": {"template_model_id_or_path": "brightness", **TRUSTED},
     "swanlab_project": {"enable_swanlab_log": "true"},
     "wandb_project": {"enable_wandb_log": "true"},
     "logit_mean": LOGIT_NORMAL,
