@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
+from small_trainings import launch
 
 from cache_store.store import Cache
 from diffsynth_pipe.contracts import Batch, load_family, load_task
@@ -251,12 +252,31 @@ def test_a_file_that_the_inputs_name_is_a_part_of_the_records_key(template_confi
     assert data_process(first).summary["encoded"]["template_inputs"] == 1
 
 
+def test_two_ranks_of_zero3_train_as_one_does(kv_config, zero3, tmp_path):
+    # The rest of the template gets no gradient, and would only decay under DeepSpeed.
+    config = kv_config(trainable_models="template_model.heads", num_validation_samples=0)
+    data_process(stage(config, "data_process"))
+    plain = train(stage(config, "train"))
+    run_file, output = tmp_path / "two.yaml", tmp_path / "zero3"
+    stage(config, "train").save(run_file)
+    done = launch(zero3, {"config": run_file, "batch_size": 1, "output_path": output}, num_processes=2)
+    assert done.returncode == 0, done.stderr
+    (file,) = output.glob("train-*/*/template_model/model.safetensors")
+    expected, found = load_file(plain.path / plain.summary["files"][0]), load_file(file)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"trust_remote_code": False}, "template_model_id_or_path: the model.py of .* read it, then set trust_remote"),
         ({"extra_inputs": None}, "template_model_id_or_path: reads the column template_inputs; name it in extra_in"),
-        ({"template_model_id_or_path": None}, "trainable_models: names the template_model; set template_model_id_or_p"),
+        (
+            {"template_model_id_or_path": None, "extra_inputs": None},
+            "trainable_models: names the template_model; set template_model_id_or_path too",
+        ),
         (
             {"template_model_id_or_path": None, "trainable_models": "dit"},
             "extra_inputs: names template_inputs; set template_model_id_or_path, which reads them",
