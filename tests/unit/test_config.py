@@ -686,5 +686,9 @@ def test_absolute_paths_keep_ids_and_the_models_that_other_parameters_repeat(tmp
             "fp8_models": [vae, "dit/a.safetensors"],
         },
     ).with_absolute_paths()
+    (tmp_path / "brightness").mkdir()
+    for template, absolute in (("brightness", str(tmp_path / "brightness")), ("org/brightness:", "org/brightness:")):
+        named = {"template_model_id_or_path": template, "dataset_base_path": "photos", **TRUSTED}
+        assert load_config(None, named).with_absolute_paths().template_model_id_or_path == absolute
     assert config.model_paths == [str(tmp_path / "dit/a.safetensors")]
     assert config.fp8_models == [vae, *config.model_paths]
