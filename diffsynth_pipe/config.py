@@ -228,7 +228,7 @@ class RunConfig(BaseModel):
         "./models",
         "Folder of the results; for sft:data_process without cache_path, the cache itself.",
     )
-    remove_prefix_in_ckpt: Literal["pipe.dit.", ""] = _setting(
+    remove_prefix_in_ckpt: Literal["pipe.dit.", "pipe.template_model.", ""] = _setting(
         "output",
         "nothing",
         "pipe.dit.",

@@ -165,8 +165,9 @@ def _load_weights(model: Module, paths: list[Path], where: str) -> None:
             tensors |= safetensors.torch.load_file(path)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{where}: its weights {path} cannot be read ({error}); copy them again") from error
+    prefix = f"pipe.{TEMPLATE_MODEL}."  # kept by ``remove_prefix_in_ckpt: ""``
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
     except RuntimeError as error:
         raise ModelError(f"{where}: {' '.join(str(error).split())}; name the weights of this model") from error
 

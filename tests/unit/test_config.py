@@ -66,6 +66,23 @@ to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
 --find_unused_parameters
 --initialize_model_on_cpu
 """
+TEMPLATE_COMMAND = """
+--dataset_base_path "./models/train/Template-KleinBase4B-Brightness_full_cache"
+--extra_inputs "template_inputs"
+--max_pixels 1048576
+--dataset_repeat 50
+--model_id_with_origin_paths "black-forest-labs/FLUX.2-klein-base-4B:transformer/*.safetensors"
+--template_model_id_or_path "DiffSynth-Studio/Template-KleinBase4B-Brightness:"
+--learning_rate 1e-4
+--num_epochs 5
+--remove_prefix_in_ckpt "pipe.template_model."
+--output_path "./models/train/Template-KleinBase4B-Brightness_full"
+--trainable_models "template_model"
+--use_gradient_checkpointing
+--find_unused_parameters
+--task "sft:train"
+--trust_remote_code
+"""
 REFERENCE_DEFAULTS = {
     "dataset_metadata_path": None,
     "dataset_repeat": 1,
@@ -273,7 +290,7 @@ def test_the_script_runs_the_references_commands_word_for_word(command):
     assert f" {' '.join(shlex.split(command))} $EXTRA_FLAGS " in f" {' '.join(words)} "
 
 
-@pytest.mark.parametrize("command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND])
+@pytest.mark.parametrize("command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND, TEMPLATE_COMMAND])
 def test_the_references_commands_parse_as_they_stand(command):
     words = shlex.split(command)
     parsed = parse(words)

@@ -235,6 +235,8 @@ def test_weights_are_those_that_the_code_names_or_the_same_each_time(tmp_path):
     files = write_template(tmp_path, CODE.format(process="return {}", more=more))
     save_file({"weight": torch.arange(3.0)}, tmp_path / "weights.safetensors")
     assert templates.load_template(files, torch.float32, CPU).model.weight.tolist() == [0, 1, 2]
+    save_file({"pipe.template_model.weight": torch.arange(3.0)}, tmp_path / "weights.safetensors")
+    assert templates.load_template(files, torch.float32, CPU).model.weight.tolist() == [0, 1, 2]
     save_file({"bias": torch.arange(3.0)}, tmp_path / "weights.safetensors")
     with pytest.raises(ModelError, match=r"model.py: Error.* Missing key.*; name the weights of this model$"):
         templates.load_template(files, torch.float32, CPU)
