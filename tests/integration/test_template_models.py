@@ -60,6 +60,7 @@ def template_config(run_config, repositories, edit_rows, tmp_path):
             "batch_size": 2,
             "max_steps": 3,
             "num_epochs": 3,
+            "num_validation_samples": 0,
         }
         return run_config(**parameters | changes)
 
@@ -187,7 +188,7 @@ def test_the_stages_train_as_a_plain_torch_loop_does(request, config, predict, c
 
 
 def test_one_process_and_a_stopped_run_train_to_the_same_bits(kv_config):
-    config = kv_config(save_steps=1, num_validation_samples=0)
+    config = kv_config(save_steps=1)
     data_process(stage(config, "data_process"))
     split = train(stage(config, "train"))
     whole = train(config.model_copy(update={"output_path": f"{config.output_path}-whole"}))
@@ -212,7 +213,7 @@ def test_one_process_and_a_stopped_run_train_to_the_same_bits(kv_config):
 
 
 def test_a_saved_template_loads_again_and_goes_on(kv_config):
-    config = kv_config()
+    config = kv_config(num_validation_samples=2)
     data_process(stage(config, "data_process"))
     result = train(stage(config, "train"))
     (file,) = result.summary["files"]
@@ -254,7 +255,7 @@ def test_a_file_that_the_inputs_name_is_a_part_of_the_records_key(template_confi
 
 def test_two_ranks_of_zero3_train_as_one_does(kv_config, zero3, tmp_path):
     # The rest of the template gets no gradient, and would only decay under DeepSpeed.
-    config = kv_config(trainable_models="template_model.heads", num_validation_samples=0)
+    config = kv_config(trainable_models="template_model.heads")
     data_process(stage(config, "data_process"))
     plain = train(stage(config, "train"))
     run_file, output = tmp_path / "two.yaml", tmp_path / "zero3"
