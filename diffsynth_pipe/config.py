@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from cache_store.durable import replace_file
 from cache_store.object_path import SCHEME, root_of
-from diffsynth_pipe.contracts import Quantization, load_task, plugin_names
+from diffsynth_pipe.contracts import TEMPLATE_COLUMN, Quantization, load_task, plugin_names
 from diffsynth_pipe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -215,7 +215,10 @@ class RunConfig(BaseModel):
     lr_power: Positive = _setting("training", "weights", 1.0, "Power of polynomial.")
     num_epochs: Count = _setting("training", "weights", 1, "Epochs, each of dataset_repeat passes.")
     trainable_models: str | None = _setting(
-        "training", "weights", None, "Models to train in full, comma-separated: dit, text_encoder."
+        "training",
+        "weights",
+        None,
+        "Models to train in full, comma-separated: dit, text_encoder, template_model, or a part template_model.NAME.",
     )
     find_unused_parameters: bool = _setting(
         "training",
@@ -247,7 +250,7 @@ class RunConfig(BaseModel):
         "./models",
         "Folder of the results; for sft:data_process without cache_path, the cache itself.",
     )
-    remove_prefix_in_ckpt: Literal["pipe.dit.", ""] = _setting(
+    remove_prefix_in_ckpt: Literal["pipe.dit.", "pipe.template_model.", ""] = _setting(
         "output",
         "nothing",
         "pipe.dit.",
@@ -388,9 +391,15 @@ class RunConfig(BaseModel):
         False,
         "Z-Image: fused operators of Ascend NPUs in the train stage. Needs torch_npu.",
     )
-    template_model_id_or_path: str | None = _planned("model-specific", "weights", None, "Template model.")
-    enable_lora_hot_loading: bool = _planned(
-        "model-specific", "weights", False, "Image-to-LoRA models: swap the LoRA while running."
+    template_model_id_or_path: str | None = _setting(
+        "model-specific",
+        "nothing",
+        None,
+        "FLUX.2, Z-Image: folder of a template model, or id:folder. Its model.py is run; needs trust_remote_code and"
+        " template_inputs in extra_inputs.",
+    )
+    enable_lora_hot_loading: bool = _setting(
+        "model-specific", "weights", False, "Put the LoRA that a template model yields for a sample into the denoiser."
     )
 
     enable_tensorboard_log: bool = _setting(
@@ -625,6 +634,9 @@ class RunConfig(BaseModel):
         "torch",
         "What recomputes activations. deepspeed: as activation_checkpointing of the DeepSpeed file says.",
     )
+    trust_remote_code: bool = _setting(
+        "this project", "nothing", False, "Run the model.py of template_model_id_or_path. It can do all that you can."
+    )
     nvme_path: str | None = _setting(
         "this project",
         "nothing",
@@ -811,6 +823,27 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _template_model(self) -> Self:
+        path, message = self.template_model_id_or_path, None
+        if path is None:
+            if self.enable_lora_hot_loading:
+                message = "enable_lora_hot_loading: has no effect without template_model_id_or_path; set it too"
+        elif not self.trust_remote_code:
+            message = (
+                f"template_model_id_or_path: the model.py of {path!r} would be run with all your rights; read it, then "
+                "set trust_remote_code"
+            )
+        elif TEMPLATE_COLUMN not in comma_list(self.extra_inputs):
+            message = f"template_model_id_or_path: reads the column {TEMPLATE_COLUMN}; name it in extra_inputs"
+        elif self.gradient_checkpointing_backend == "deepspeed":
+            message = "gradient_checkpointing_backend: 'deepspeed' gives a template model no gradient; take torch"
+        elif self.task_name == "dmd2":
+            message = "template_model_id_or_path: acts on one denoiser, but task dmd2 runs three; leave it out"
+        if message:
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
     def _dora_in_its_only_format(self) -> Self:
         if self.lora_use_dora and (name := self.lora_file_format) != "diffusers":
             field = "align_to_opensource_format" if self.align_to_opensource_format else "lora_format"
@@ -926,14 +959,16 @@ class RunConfig(BaseModel):
                 return [absolute(item) for item in value]
             return value if value is None or value in ids or value.startswith(SCHEME) else str(Path(value).absolute())
 
-        paths = {name: absolute(getattr(self, name)) for name in _PATHS}
+        changes = {name: absolute(getattr(self, name)) for name in _PATHS}
         options = [(absolute(entry), held) for entry, held in parse_quant_options(self.quant_options)]
         if options:
-            paths["quant_options"] = ";".join(
+            changes["quant_options"] = ";".join(
                 f"{json.dumps(entry) if isinstance(entry, list) else entry}:{held.method}/{','.join(held.excluded)}"
                 for entry, held in options
             )
-        return self.model_copy(update=paths)
+        if self.template_model_id_or_path and Path(self.template_model_id_or_path).is_dir():
+            changes["template_model_id_or_path"] = absolute(self.template_model_id_or_path)
+        return self.model_copy(update=changes)
 
     def save(self, path: Path) -> None:
         """Write all values as YAML that ``load_config`` reads; atomically."""

@@ -32,6 +32,15 @@ EMPTY_CAPTION_ID = "0" * 32
 FIRST_FRAME_FIELD = "first_frame_latents"
 """A field of this name holds a first latent frame that is given, not generated: a loss leaves that frame out."""
 
+TEMPLATE_COLUMN = "template_inputs"
+"""The metadata column, and the field made of it, that a template model reads."""
+
+TEMPLATE_MODEL = "template_model"
+"""The component that a template model is in a training step."""
+
+TEMPLATE_PROCESSOR = "template_processor"
+"""The same model as the component that stage 1 runs; it is never trained, so its unit is never live."""
+
 Media = Literal["image", "images", "video"]
 """How a cell is loaded: an RGB ``PIL.Image``; a list of them; uint8 frames ``[frame, height, width, 3]``."""
 
@@ -170,6 +179,7 @@ class ComponentFiles:
         companions: Sibling folders that the component needs, by name: ``{"tokenizer": ...}``.
         fp8: Its weights are to be held in float8_e4m3fn: ``fp8_models`` names it.
         quantization: How its weights are to be held if ``quant_options`` names it.
+        code: What describes it in place of ``config.json``, below ``folder``: the Python and JSON files of a template.
     """
 
     weights: tuple[Path, ...]
@@ -177,6 +187,7 @@ class ComponentFiles:
     companions: Mapping[str, Path] = field(default_factory=dict)
     fp8: bool = False
     quantization: Quantization | None = None
+    code: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,14 +83,15 @@ def digest_files(paths: Sequence[Path], num_threads: int) -> list[str]:
 
 
 def component_digest(files: ComponentFiles) -> str:
-    """Return the digest of a component: its config, its weights and its companions by name and content, not by place.
+    """Return the digest of a component: its config or code, weights and companions by name and content, not by place.
 
     Weights held in FP8 or quantised are other weights.
 
     Raises:
         DataError: A file cannot be read, or changes while it is hashed.
     """
-    named = {file.name: file for file in (files.folder / "config.json", *files.weights)}
+    described = files.code or (files.folder / "config.json",)
+    named = {str(file.relative_to(files.folder)): file for file in (*described, *files.weights)}
     for companion, folder in files.companions.items():
         named |= {f"{companion}/{file.name}": file for file in folder.iterdir() if _is_content(file)}
     digests = digest_files(list(named.values()), num_threads=min(4, os.cpu_count() or 1))

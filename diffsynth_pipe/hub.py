@@ -17,7 +17,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from diffsynth_pipe.config import parse_quant_options
-from diffsynth_pipe.contracts import ComponentFiles, families_of
+from diffsynth_pipe.contracts import TEMPLATE_MODEL, TEMPLATE_PROCESSOR, ComponentFiles, families_of
 from diffsynth_pipe.errors import ConfigError, ModelError, ModelFileMissing
 
 if TYPE_CHECKING:
@@ -105,6 +105,9 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
 
     found = {}
     for name in dict.fromkeys(names):
+        if name in (TEMPLATE_MODEL, TEMPLATE_PROCESSOR):
+            found[name] = _template_files(config)
+            continue
         spec = family.components[name]
         entries = named[name] or [stray for stray in strays if _class_of(stray) in spec.class_names]
         if not entries:
@@ -121,6 +124,36 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
     if "dit" in found:
         _check_pipeline(found["dit"].folder.parent / "model_index.json", family, config)
     return found
+
+
+def _template_files(config: RunConfig) -> ComponentFiles:
+    """Find the folder of the template model; download it, if it is named by its id and not here."""
+    text = config.template_model_id_or_path or ""
+    folder, model_id, subfolder = Path(text).absolute(), "", PurePosixPath()
+    if not folder.is_dir():
+        model_id, _, rest = text.partition(":")
+        subfolder = PurePosixPath(rest)
+        if ":" not in text or any(
+            path.is_absolute() or ".." in path.parts for path in (PurePosixPath(text), subfolder)
+        ):
+            raise ConfigError(
+                f"template_model_id_or_path: {text!r} is neither a folder nor 'MODEL_ID:' nor 'MODEL_ID:FOLDER/'"
+            )
+        folder = _models_folder() / model_id / subfolder
+        if not (folder / "model.py").is_file() or (folder / UNFINISHED).exists():
+            _download(f"template_model_id_or_path: {text}", model_id, folder, [str(subfolder / "*")])
+    if not (folder / "model.py").is_file():
+        raise ModelFileMissing(f"template_model_id_or_path: {folder / 'model.py'} does not exist; correct the path")
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.is_file() and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    )
+    return ComponentFiles(
+        weights=tuple(file for file in files if file.suffix == ".safetensors"),
+        folder=folder,
+        code=tuple(file for file in files if file.suffix in {".py", ".json"}),
+    )
 
 
 def _check_pipeline(index: Path, family: ModelFamily, config: RunConfig) -> None:
@@ -248,11 +281,10 @@ def _fetch(source: _Source, companions: Mapping[str, Path]) -> None:
     """
     problem = _problem(source, companions)
     if problem and source.model_id:
-        if os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in {"1", "true", "yes", "on"}:
-            raise ModelFileMissing(
-                f"{source.text}: {problem}; put it there, or unset DIFFSYNTH_SKIP_DOWNLOAD to download it"
-            )
-        _download(source, companions)
+        beside = source.pattern.parent.parent
+        patterns = [str(source.pattern), str(source.pattern.parent / "*.json"), str(beside / "model_index.json")]
+        patterns += [f"{beside / name}/*" for name, path in companions.items() if path == source.folder.parent / name]
+        _download(source.text, source.model_id, source.folder, patterns, problem)
         problem = _problem(source, companions)
     if problem:
         raise ModelFileMissing(f"{source.text}: {problem}; correct the path or the pattern, or copy the file again")
@@ -328,29 +360,36 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _download(source: _Source, companions: Mapping[str, Path]) -> None:
-    """Download the files that match the pattern, the JSON files beside them, the companions, and what the pipeline is.
+def _download(text: str, model_id: str, folder: Path, patterns: list[str], problem: str = "is not here") -> None:
+    """Download the files of a repository that match patterns.
 
     Both clients go on with a file that was cut off. A file on the disk that differs from ModelScope's is replaced.
 
+    Args:
+        text: What the user named.
+        model_id: The repository.
+        folder: Is marked until all files are here.
+        patterns: Of files.
+        problem: Why they are downloaded.
+
     Raises:
-        ModelFileMissing: The hub cannot be reached, has no such repository, or sends other bytes than it lists.
+        ModelFileMissing: Downloads are switched off, or the hub cannot be reached, has no such repository, or sends
+            other bytes than it lists.
     """
+    if os.environ.get("DIFFSYNTH_SKIP_DOWNLOAD", "").lower() in {"1", "true", "yes", "on"}:
+        raise ModelFileMissing(f"{text}: {problem}; put it there, or unset DIFFSYNTH_SKIP_DOWNLOAD to download it")
     hub = os.environ.get("DIFFSYNTH_DOWNLOAD_SOURCE", "modelscope").lower()
     if hub not in {"modelscope", "huggingface"}:
         raise ConfigError(f"DIFFSYNTH_DOWNLOAD_SOURCE: {hub!r} is not one of modelscope, huggingface")
-    beside = source.pattern.parent.parent
-    patterns = [str(source.pattern), str(source.pattern.parent / "*.json"), str(beside / "model_index.json")]
-    patterns += [f"{beside / name}/*" for name, path in companions.items() if path == source.folder.parent / name]
-    source.folder.mkdir(parents=True, exist_ok=True)
-    (source.folder / UNFINISHED).touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
     fetch = _from_modelscope if hub == "modelscope" else _from_huggingface
     try:
-        fetch(source.model_id, _models_folder() / source.model_id, patterns)
+        fetch(model_id, _models_folder() / model_id, patterns)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ModelFileMissing(f"{source.text}: download from {hub} failed: {reason}") from error
-    (source.folder / UNFINISHED).unlink(missing_ok=True)
+        raise ModelFileMissing(f"{text}: download from {hub} failed: {reason}") from error
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def _from_modelscope(model_id: str, folder: Path, patterns: list[str]) -> None:

@@ -70,10 +70,12 @@ def write_media(folder: Path, kind: str, seed: int) -> Any:
 
 
 def load_components(family: ModelFamily, repo: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Load all components of a repository on the CPU."""
+    """Load the components that a repository holds, on the CPU."""
     loaded = {}
     for name, spec in family.components.items():
         folder = repo / spec.subfolder
+        if not folder.is_dir():  # of a unit that must be named
+            continue
         companions = {companion: repo / companion for companion in spec.companions}
         files = ComponentFiles(weights=tuple(folder.glob("*.safetensors")), folder=folder, companions=companions)
         loaded[name] = spec.load(files, dtype, torch.device("cpu"))
@@ -82,11 +84,11 @@ def load_components(family: ModelFamily, repo: Path, dtype: torch.dtype) -> dict
 
 def batch_of_one(family: ModelFamily, components: Components, values: dict[str, Any]) -> Batch:
     """Encode one sample in the dtype of the components."""
-    specs = [spec for unit in family.units for spec in unit.outputs]
+    specs = [spec for unit in units_of(family.units) for spec in unit.outputs]
     with torch.no_grad():
         record = {
             name: value
-            for unit in family.units
+            for unit in units_of(family.units)
             for name, value in unit.encode(components, {column: values[column] for column in unit.inputs}).items()
         }
     fields, lengths = collate(specs, [record])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import BlockList, ComponentSpec, EncodeUnit, FlowMatchSchedule
-from diffsynth_pipe.modeling import qwen3
+from diffsynth_pipe.errors import ModelError
+from diffsynth_pipe.modeling import qwen3, templates
 from diffsynth_pipe.modeling.fields import check_channels, noise_unit, note_on_truncation, to_pixel_batch
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
 from diffsynth_pipe.modeling.tiny import write_repository
@@ -130,6 +132,42 @@ def encode_latents(components: Components, inputs: Mapping[str, Any]) -> dict[st
     return {"latents": (patches.reshape(channels * 4, height // 2, width // 2) - mean) / std}
 
 
+def put_kv_cache(dit: Any, kv_cache: templates.KVCache) -> None:
+    """Make the denoiser attend to these keys and values too, until the next call; see ``templates.component``.
+
+    They are taken as they are, without norm or rotary embedding. The blocks are ``double_0`` and on, ``single_0`` and
+    on. diffusers' own argument ``kv_cache`` hands all blocks one dict, in which a block that is recomputed in the
+    backward pass finds what the last one got; so each block gets a processor of its own.
+
+    Raises:
+        ModelError: There is no such block, or a shape does not fit.
+    """
+    from diffusers.models.transformers.transformer_flux2 import (
+        Flux2KVAttnProcessor,
+        Flux2KVLayerCache,
+        Flux2KVParallelSelfAttnProcessor,
+    )
+
+    double = {f"double_{index}": block.attn for index, block in enumerate(dit.transformer_blocks)}
+    single = {f"single_{index}": block.attn for index, block in enumerate(dit.single_transformer_blocks)}
+    blocks = double | single
+    if unknown := [name for name in kv_cache if name not in blocks]:
+        raise ModelError(f"template_model_id_or_path: kv_cache names {unknown[0]!r}; blocks are {', '.join(blocks)}")
+    for name, attention in blocks.items():
+        processor: Any = Flux2KVAttnProcessor() if name in double else Flux2KVParallelSelfAttnProcessor()
+        if name in kv_cache:
+            shapes = [tuple(tensor.shape) for tensor in kv_cache[name]]
+            if shapes[0] != shapes[1] or shapes[0][2:] != (attention.heads, attention.head_dim):
+                raise ModelError(
+                    f"template_model_id_or_path: keys and values of {name} have shapes {shapes}, but the denoiser "
+                    f"takes (1, tokens, {attention.heads}, {attention.head_dim})"
+                )
+            layer = Flux2KVLayerCache()
+            layer.store(*kv_cache[name])
+            processor = partial(processor, kv_cache=layer, kv_cache_mode="cached")
+        attention.processor = processor
+
+
 class Flux2:
     """Text to image with FLUX.2-klein and FLUX.2-dev."""
 
@@ -150,6 +188,7 @@ class Flux2:
             build=build_dit,
             lora_layers={"diffusers": {}, "diffsynth": {}, "comfyui": ORIGINAL_LAYERS},
         ),
+        **templates.component(put_kv_cache),
     }
     units: tuple[EncodeUnit, ...] = (
         EncodeUnit(
@@ -174,6 +213,7 @@ class Flux2:
             encode=encode_latents,
             recipe={"pixels": "x/255*2-1 in float32", "posterior": "mode", "normalization": "2x2 patches, batch norm"},
         ),
+        templates.UNIT,
     )
     noise_unit = noise_unit("image", LATENT_DIMS, lambda image: (128, image.height // 16, image.width // 16))
     # No shift by resolution: that of inference depends on its number of steps too.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import BlockList, ComponentSpec, EncodeUnit, FlowMatchSchedule
-from diffsynth_pipe.modeling import autoencoder_kl, npu, qwen3
+from diffsynth_pipe.modeling import autoencoder_kl, npu, qwen3, templates
 from diffsynth_pipe.modeling.fields import check_channels, note_on_truncation
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser
 from diffsynth_pipe.modeling.tiny import write_repository
@@ -96,6 +96,7 @@ class ZImage:
             lora_layers={"diffusers": {}, "diffsynth": {}, "comfyui": ORIGINAL_LAYERS},
             switches={"enable_npu_patch": npu.fuse_rotary},
         ),
+        **templates.component(),
     }
     units: tuple[EncodeUnit, ...] = (
         EncodeUnit(
@@ -108,6 +109,7 @@ class ZImage:
             recipe={"enable_thinking": True, "max_tokens": qwen3.MAX_TOKENS, "hidden_state": -2},
         ),
         autoencoder_kl.LATENTS_UNIT,
+        templates.UNIT,
     )
     noise_unit = autoencoder_kl.NOISE_UNIT
     schedule = FlowMatchSchedule(shift_type="linear", shift=3.0)

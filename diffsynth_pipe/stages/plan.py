@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from cache_store.contract import CacheCorrupt, CacheNotFound
 from cache_store.durable import file_sizes
 from diffsynth_pipe.config import comma_list
-from diffsynth_pipe.contracts import CAPTION_COLUMN, column_unit, load_family, load_task
+from diffsynth_pipe.contracts import (
+    CAPTION_COLUMN,
+    TEMPLATE_COLUMN,
+    TEMPLATE_MODEL,
+    TEMPLATE_PROCESSOR,
+    column_unit,
+    load_family,
+    load_task,
+)
 from diffsynth_pipe.errors import ConfigError, ModelFileMissing
 from diffsynth_pipe.fingerprint import component_digest, file_digest, json_digest, record_key, unit_recipe
 from diffsynth_pipe.graph import Cut, cut
@@ -116,11 +124,13 @@ def trainable_models(config: RunConfig) -> frozenset[str]:
         ConfigError: There are none, one is unknown or cannot be trained, or one is named twice.
     """
     family = load_family(config.family)
-    full = comma_list(config.trainable_models)
+    full = [model_of(name) for name in comma_list(config.trainable_models)]
+    known = [name for name in family.components if name != TEMPLATE_PROCESSOR]
     for name in full:
-        if name not in family.components:
-            known = ", ".join(family.components)
-            raise ConfigError(f"trainable_models: {config.family} has no {name!r}, only {known}")
+        if name not in known:
+            raise ConfigError(f"trainable_models: {config.family} has no {name!r}, only {', '.join(known)}")
+        if name == TEMPLATE_MODEL and config.template_model_id_or_path is None:
+            raise ConfigError(f"trainable_models: names the {name}; set template_model_id_or_path too")
         if name == "vae":
             message = "trainable_models: training the vae is not supported; train dit or text_encoder"
             raise ConfigError(message)
@@ -137,6 +147,11 @@ def trainable_models(config: RunConfig) -> frozenset[str]:
     return names
 
 
+def model_of(name: str) -> str:
+    """Return the component that an item of ``trainable_models`` names; of a template model it may name a part."""
+    return TEMPLATE_MODEL if name.startswith(f"{TEMPLATE_MODEL}.") else name
+
+
 def plan_cut(config: RunConfig, family: ModelFamily) -> Cut:
     """Cut the family's graph for the models that this run trains; metadata columns that cross are stored too."""
     units = _enabled_units(config, load_task(config.task_name).units(family))
@@ -148,7 +163,7 @@ def _enabled_units(config: RunConfig, units: Sequence[EncodeUnit]) -> list[Encod
     """Return the units that take part in this run, as its switches have them.
 
     Raises:
-        ConfigError: ``extra_inputs`` names what no unit knows.
+        ConfigError: ``extra_inputs`` names what no unit knows, or what a template model reads that is not named.
     """
     units = [next((new for name, new in unit.switches.items() if getattr(config, name)), unit) for unit in units]
     named = comma_list(config.extra_inputs)
@@ -158,13 +173,16 @@ def _enabled_units(config: RunConfig, units: Sequence[EncodeUnit]) -> list[Encod
             f"extra_inputs: task {config.task!r} of family {config.family!r} reads no column {', '.join(unknown)}, only"
             f" {', '.join(known) or 'none'}"
         )
+    if TEMPLATE_COLUMN in named and config.template_model_id_or_path is None:
+        raise ConfigError(f"extra_inputs: names {TEMPLATE_COLUMN}; set template_model_id_or_path, which reads them")
     return [unit for unit in units if unit.enabled_by is None or unit.enabled_by in named]
 
 
 def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:
-    """Return the components that a training step runs: the denoiser, and those of live units."""
+    """Return the components that a training step runs: the denoiser, its template model, and those of live units."""
     live = {unit.component for unit in plan_cut(config, family).live if unit.component}
-    return sorted({"dit"} | live)
+    template = set() if config.template_model_id_or_path is None else {TEMPLATE_MODEL}
+    return sorted({"dit"} | template | live)
 
 
 def check_switches(config: RunConfig, family: ModelFamily) -> None:

@@ -16,7 +16,7 @@ from cache_store.durable import replace_file
 from cache_store.local_copies import LocalCopies
 from cache_store.object_path import ObjectPath
 from diffsynth_pipe.config import comma_list
-from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, load_family, load_task, module_of
+from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, TEMPLATE_MODEL, load_family, load_task, module_of
 from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError
 from diffsynth_pipe.fingerprint import component_digest, json_digest
 from diffsynth_pipe.hub import resolve_components
@@ -28,6 +28,7 @@ from diffsynth_pipe.stages.plan import (
     initial_weights,
     latest_snapshot,
     lora_file_digests,
+    model_of,
     models_after_cut,
     plan_cut,
     plan_encoding,
@@ -242,6 +243,7 @@ def _load_models(
     from diffsynth_pipe.training.gradient_checkpointing import checkpoint_function, enable
     from diffsynth_pipe.training.lora_file import resolution_of
     from diffsynth_pipe.training.loss_module import LossModule
+    from diffsynth_pipe.training.templates import TemplateInjection
     from diffsynth_pipe.training.weights import load_checkpoint
 
     recompute = checkpoint_function(config, engines.deepspeed_settings(accelerator))
@@ -269,9 +271,22 @@ def _load_models(
     )
     if recompute is not None:
         denoisers = [helper for helper in helpers.values() if isinstance(helper, type(components["dit"]))]
-        for component in (*components.values(), *denoisers):
+        # A template model is told of it, and decides itself.
+        others = [component for name, component in components.items() if name != TEMPLATE_MODEL]
+        for component in (*others, *denoisers):
             enable(module_of(component), recompute)
-    return LossModule(objective, {**components, **helpers}, split), outputs
+    template = None
+    if TEMPLATE_MODEL in components:
+        template = TemplateInjection(
+            components[TEMPLATE_MODEL],
+            components["dit"],
+            hot_loading=config.enable_lora_hot_loading,
+            arguments={
+                "use_gradient_checkpointing": config.use_gradient_checkpointing,
+                "use_gradient_checkpointing_offload": config.use_gradient_checkpointing_offload,
+            },
+        )
+    return LossModule(objective, {**components, **helpers}, split, template), outputs
 
 
 def _warn_of_other_expert(family: ModelFamily, config: RunConfig, files: ComponentFiles) -> None:
@@ -399,10 +414,11 @@ def _make_trainable(
     from diffsynth_pipe.training.outputs import LoraOutput, ModelOutput, frozen_weights
 
     outputs: list[Output] = []
-    for name in comma_list(config.trainable_models):
+    items = comma_list(config.trainable_models)
+    for name in dict.fromkeys(map(model_of, items)):
         spec, module = family.components[name], module_of(components[name])
-        for parameter_name, parameter in module.named_parameters():
-            parameter.requires_grad_(parameter_name.startswith(spec.trained_part))
+        parts = tuple(f"{item.removeprefix(f'{name}.')}." for item in items if item.startswith(f"{name}."))
+        _unfreeze(module, (spec.trained_part,) if name in items else parts, name)
         module.train()
         outputs.append(
             ModelOutput(
@@ -455,6 +471,19 @@ def _make_trainable(
         for denoiser in (dit, *(helper for helper in helpers.values() if isinstance(helper, type(dit)))):
             hold_in_fp8(denoiser, compute_dtype())
     return outputs, helpers
+
+
+def _unfreeze(module: Module, starts: tuple[str, ...], name: str) -> None:
+    """Let the parameters whose names start so be trained.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    names = [parameter_name for parameter_name, _ in module.named_parameters()]
+    if idle := [start for start in starts if not any(parameter_name.startswith(start) for parameter_name in names)]:
+        raise ConfigError(f"trainable_models: the {name} has no parameters {idle[0]}*; correct the name")
+    for parameter_name, parameter in module.named_parameters():
+        parameter.requires_grad_(parameter_name.startswith(starts))
 
 
 def _first_loss(

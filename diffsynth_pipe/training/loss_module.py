@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from diffsynth_pipe.contracts import Batch, Draws, ModelFamily, NoiseLevels, Objective, TrainingTask
     from diffsynth_pipe.graph import Cut
+    from diffsynth_pipe.training.templates import TemplateInjection
 
 
 class OneLoss:
@@ -58,6 +59,7 @@ class LossModule(Module):
         objective: Computes the loss.
         components: The loaded models after the cut by their names, ``dit`` among them, and the objective's helpers.
         split: Its live units run in every step; None if there are none.
+        template: Lets a template model act on the denoiser; None if there is none.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class LossModule(Module):
         objective: Objective,
         components: Mapping[str, Any],
         split: Cut | None = None,
+        template: TemplateInjection | None = None,
     ) -> None:
         super().__init__()
         self.models = ModuleDict({name: module_of(component) for name, component in components.items()})
@@ -72,11 +75,14 @@ class LossModule(Module):
         self._objective = objective
         self._live = split.live if split else ()
         self._columns = split.columns if split else ()
+        self.template = template
 
     def forward(self, batch: Batch, draws: Draws, turn: Turn | None = None) -> Tensor:
         """Return one loss per sample, fp32 ``[batch]``; without a turn that of a validation."""
         if self._live:
             batch = self._encode(batch)
+        if self.template is not None:
+            self.template(batch)
         return self._objective.loss(dict(self.models.items()), batch, draws, turn)
 
     def _encode(self, batch: Batch) -> Batch:

@@ -71,7 +71,8 @@ class ModelOutput:
         model: The model; its buffers are taken from here.
         name: Its name in the ``LossModule``: ``text_encoder``.
         subfolder: Its folder in the repository: ``transformer``.
-        files: Where it was loaded from; all but the weights is copied from there.
+        files: Where it was loaded from; all but the weights is copied from there. The copy of a template model's
+            ``model.py`` gets a last line that names them.
         frozen: What ``frozen_weights`` returned.
         prefix: Put before every name.
         lineage: What the weights were made from.
@@ -100,10 +101,12 @@ class ModelOutput:
         subfolder = f"{self.subfolder}{suffix}"
         target = folder / subfolder
         target.mkdir()
-        for path in self.files.folder.glob("*.json"):
+        for path in self.files.code or self.files.folder.glob("*.json"):
             if not path.name.endswith(".index.json"):
-                shutil.copyfile(path, target / path.name)
-        stem = self.files.weights[0].name.partition(".")[0].partition("-0")[0]
+                copy = target / path.relative_to(self.files.folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+        stem = "model" if self.files.code else self.files.weights[0].name.partition(".")[0].partition("-0")[0]
         shards = split_torch_state_dict_into_shards(
             tensors, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=MAX_SHARD_SIZE
         )
@@ -114,6 +117,10 @@ class ModelOutput:
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
             (target / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        if self.files.code:
+            names = list(shards.filename_to_tensors)
+            with (target / "model.py").open("a", encoding="utf-8") as code:
+                code.write(f"\nTEMPLATE_MODEL_PATH = {names if shards.is_sharded else names[0]!r}\n")
         return [f"{subfolder}/{file}" for file in shards.filename_to_tensors]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffsynth_pipe.errors import LaunchError
+from diffsynth_pipe.training.loss_module import LossModule
 from diffsynth_pipe.training.randomness import TIMESTEP, SampleDraws
 from diffsynth_pipe.training.sampler import BatchPlan
 from diffsynth_pipe.training.sources import to_device
@@ -42,7 +43,7 @@ class Validation:
         step: Optimizer steps before it.
         loss: Of the model as it is.
         loss_by_level: One loss per noise level, the noisiest first.
-        base_loss: Of the model before the first step, without a LoRA.
+        base_loss: Of the model before the first step, without a LoRA or a template model.
         improvement: ``base_loss`` - ``loss``.
         held_out: Whether the samples are kept from training.
     """
@@ -163,7 +164,7 @@ class Validator:
         if not self._plans:
             return None
         if self.base is None:
-            with lora_off(self._model):
+            with lora_off(self._model), template_off(self._model):
                 self.base = self._losses(step)
         losses = self._losses(step)
         per_sample, base_per_sample = map(_row_means, (losses, self.base))
@@ -228,6 +229,19 @@ def lora_off(model: Module) -> Generator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(enabled=True)
+
+
+@contextlib.contextmanager
+def template_off(model: Module) -> Generator[None]:
+    """Let the denoiser compute as if there were no template model."""
+    templates = [module.template for module in model.modules() if isinstance(module, LossModule) and module.template]
+    for template in templates:
+        template.enabled = False
+    try:
+        yield
+    finally:
+        for template in templates:
+            template.enabled = True
 
 
 @contextlib.contextmanager

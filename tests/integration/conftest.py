@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from small_trainings import write_cache
+from small_trainings import LAUNCH_FILES, write_cache
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj"]
 MAX_GRAD_NORM = 2e-3  # low enough to clip most steps of the tiny model
@@ -52,3 +52,17 @@ def parameters(cache_dir, dit_only, tmp_path):
         "num_validation_samples": 3,
         "output_path": str(tmp_path / "output"),
     }
+
+
+@pytest.fixture
+def zero3(tmp_path):
+    """The launch file of ZeRO-3; it partitions weights of any size, as it does those of a large model."""
+    deepspeed = LAUNCH_FILES.parent / "deepspeed" / "zero3_cpu_offload.json"
+    settings = json.loads(deepspeed.read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    own = tmp_path / deepspeed.name
+    own.write_text(json.dumps(settings))
+    launch_file = tmp_path / "zero3.yaml"
+    text = (LAUNCH_FILES / "zero3_cpu_offload.yaml").read_text()
+    launch_file.write_text(text.replace("deploy/deepspeed/zero3_cpu_offload.json", str(own)))
+    return launch_file

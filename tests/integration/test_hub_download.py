@@ -24,7 +24,10 @@ from diffsynth_pipe.config import RunConfig
 from diffsynth_pipe.contracts import load_family
 from diffsynth_pipe.errors import ModelError
 from diffsynth_pipe.hub import resolve_components
-config = RunConfig(dataset_base_path=".", model_id_with_origin_paths=sys.argv[2])
+named = {"model_id_with_origin_paths": sys.argv[2]}
+if sys.argv[1] == "template_model":
+    named = {"template_model_id_or_path": sys.argv[2], "trust_remote_code": True, "extra_inputs": "template_inputs"}
+config = RunConfig(dataset_base_path=".", **named)
 try:
     found = resolve_components(config, load_family("qwen_image"), [sys.argv[1]])
     print(json.dumps({"weights": [file.name for file in found[sys.argv[1]].weights]}))
@@ -315,6 +318,19 @@ def test_skip_download_asks_nobody_and_says_what_is_missing(hub, resolve, tmp_pa
     assert "unset DIFFSYNTH_SKIP_DOWNLOAD" in error
     assert (hub.requests, hub.listings) == ([], 0)
     assert not (tmp_path / "models").exists()
+
+
+def test_a_template_model_is_fetched_as_a_whole_and_nothing_else(hub, resolve, models):
+    folder = hub.folder / "templates" / "brightness"
+    (folder / "data").mkdir(parents=True)
+    for name in ("model.py", "model.safetensors", "data/table.npy"):
+        (folder / name).write_bytes(name.encode())
+    expected = {hub.name(file) for file in hub.files("templates")}
+    assert len(expected) == 3
+    assert resolve("template_model", "org/model:templates/brightness/") == {"weights": ["model.safetensors"]}
+    assert models() == hub.requested() == expected
+    resolve("template_model", "org/model:templates/brightness/")
+    assert (hub.requests, hub.listings) == ([], 0), "all is here"
 
 
 def test_from_hugging_face(hub, resolve, models, dit_files):

@@ -168,20 +168,6 @@ def test_the_run_says_which_files_it_wrote(run_config):
     assert any(not torch.equal(plain[name], average[name]) for name in plain)
 
 
-@pytest.fixture
-def zero3(tmp_path):
-    """The launch file of ZeRO-3; it partitions weights of any size, as it does those of a large model."""
-    deepspeed = LAUNCH_FILES.parent / "deepspeed" / "zero3_cpu_offload.json"
-    settings = json.loads(deepspeed.read_text())
-    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    own = tmp_path / deepspeed.name
-    own.write_text(json.dumps(settings))
-    launch_file = tmp_path / "zero3.yaml"
-    text = (LAUNCH_FILES / "zero3_cpu_offload.yaml").read_text()
-    launch_file.write_text(text.replace("deploy/deepspeed/zero3_cpu_offload.json", str(own)))
-    return launch_file
-
-
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])
 def test_two_ranks_train_both_models_as_one_does(run_config, engine, zero3, tmp_path):
     config = run_config(**BOTH | {"max_steps": 3, "num_validation_samples": 0})

@@ -67,6 +67,23 @@ to_out.0,to_add_out,img_mlp.net.2,img_mod.1,txt_mlp.net.2,txt_mod.1"
 --find_unused_parameters
 --initialize_model_on_cpu
 """
+TEMPLATE_COMMAND = """
+--dataset_base_path "./models/train/Template-KleinBase4B-Brightness_full_cache"
+--extra_inputs "template_inputs"
+--max_pixels 1048576
+--dataset_repeat 50
+--model_id_with_origin_paths "black-forest-labs/FLUX.2-klein-base-4B:transformer/*.safetensors"
+--template_model_id_or_path "DiffSynth-Studio/Template-KleinBase4B-Brightness:"
+--learning_rate 1e-4
+--num_epochs 5
+--remove_prefix_in_ckpt "pipe.template_model."
+--output_path "./models/train/Template-KleinBase4B-Brightness_full"
+--trainable_models "template_model"
+--use_gradient_checkpointing
+--find_unused_parameters
+--task "sft:train"
+--trust_remote_code
+"""
 REFERENCE_DEFAULTS = {
     "dataset_metadata_path": None,
     "dataset_repeat": 1,
@@ -203,6 +220,9 @@ OTHER_VALUES = {
     "min_snr_gamma": ("2", 2.0, "weights"),
     "caption_dropout": ("0.1", 0.1, "weights"),
     "gradient_checkpointing_backend": ("deepspeed", "deepspeed", "nothing"),
+    "template_model_id_or_path": ("brightness", "brightness", "nothing"),
+    "enable_lora_hot_loading": ("true", True, "weights"),
+    "trust_remote_code": ("true", True, "nothing"),
     "nvme_path": ("/nvme", "/nvme", "nothing"),
     "enable_tensorboard_log": ("true", True, "nothing"),
     "enable_swanlab_log": ("true", True, "nothing"),
@@ -246,6 +266,7 @@ SUPPORTED = [name for name in RunConfig.model_fields if field_metadata(name)["su
 UNSUPPORTED = [name for name in RunConfig.model_fields if not field_metadata(name)["supported"]]
 LOGIT_NORMAL = {"timestep_sampling": "logit_normal"}
 DMD2 = {"task": "dmd2"}
+TRUSTED = {"trust_remote_code": "true", "extra_inputs": "template_inputs"}
 PARTNER = {
     "height": {"width": "384"},
     "width": {"height": "512"},
@@ -257,6 +278,8 @@ PARTNER = {
     "enable_optimizer_cpu_offload": {"enable_model_cpu_offload": "true"},
     "cpu_offload_split_threshold": {"enable_model_cpu_offload": "true"},
     "gradient_checkpointing_backend": {"use_gradient_checkpointing": "true"},
+    "template_model_id_or_path": TRUSTED,
+    "enable_lora_hot_loading": {"template_model_id_or_path": "brightness", **TRUSTED},
     "swanlab_project": {"enable_swanlab_log": "true"},
     "wandb_project": {"enable_wandb_log": "true"},
     "logit_mean": LOGIT_NORMAL,
@@ -305,7 +328,7 @@ def test_the_script_runs_the_references_commands_word_for_word(command):
     assert f" {' '.join(shlex.split(command))} $EXTRA_FLAGS " in f" {' '.join(words)} "
 
 
-@pytest.mark.parametrize("command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND])
+@pytest.mark.parametrize("command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND, TEMPLATE_COMMAND])
 def test_the_references_commands_parse_as_they_stand(command):
     words = shlex.split(command)
     parsed = parse(words)
@@ -723,6 +746,10 @@ def test_absolute_paths_keep_ids_and_the_models_that_other_parameters_repeat(tmp
             "quant_options": f'{vae}:bitsandbytes_nf4; dit/a.safetensors:bitsandbytes_fp4/b,c.1;["d"]:bitsandbytes_nf4',
         },
     ).with_absolute_paths()
+    (tmp_path / "brightness").mkdir()
+    for template, absolute in (("brightness", str(tmp_path / "brightness")), ("org/brightness:", "org/brightness:")):
+        named = {"template_model_id_or_path": template, "dataset_base_path": "photos", **TRUSTED}
+        assert load_config(None, named).with_absolute_paths().template_model_id_or_path == absolute
     assert config.model_paths == [str(tmp_path / "dit/a.safetensors")]
     assert config.fp8_models == [vae, *config.model_paths]
     assert parse_quant_options(config.quant_options) == [
