@@ -5,9 +5,6 @@ A field's ``affects`` says what it decides, and so which stage must run again wh
 - ``cache``: the bytes of a cache record;
 - ``weights``: the trained weights, but no cache byte;
 - ``nothing``: where things lie, how fast a run is, what it logs. Paths are here: the digest of what they hold decides.
-
-A field with ``supported`` false carries a name of the reference's command line that has no effect here yet. It is
-refused when it differs from its default, never ignored.
 """
 
 from __future__ import annotations
@@ -50,17 +47,17 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def _setting(group: str, affects: Affects, default: Any, description: str, *, supported: bool = True) -> Any:
+def _setting(group: str, affects: Affects, default: Any, description: str) -> Any:
     """Declare a field: its heading in ``--help``, what it decides, its default, what it means."""
-    extra: dict[str, Any] = {"group": group, "affects": affects, "supported": supported}
+    extra: dict[str, Any] = {"group": group, "affects": affects}
     return Field(default, description=description, json_schema_extra=extra)
 
 
-_planned = partial(_setting, supported=False)
 _dmd2 = partial(_setting, "DMD2 distillation", "weights")
 
 
 _ACTS_WITH = {
+    "audio_processor_path": ("family", ("wan", "wan_ti2v")),
     "logit_mean": ("timestep_sampling", ("logit_normal",)),
     "logit_std": ("timestep_sampling", ("logit_normal",)),
     "timestep_shift": ("timestep_sampling", ("uniform", "logit_normal")),
@@ -102,14 +99,18 @@ def _say_what_validators_know(schema: dict[str, Any]) -> None:
     properties = schema["properties"]
     properties["family"]["enum"] = plugin_names("diffsynth_pipe.families")
     properties["task"]["enum"] = _task_names()
-    for field in properties.values():
-        if not field["supported"]:
-            field["const"] = field["default"]
 
 
 _PATHS = (
     *("dataset_base_path", "dataset_metadata_path", "model_paths", "tokenizer_path", "processor_path"),
-    *("resume_from_checkpoint", "lora_checkpoint", "preset_lora_path", "output_path", "cache_path"),
+    *(
+        "audio_processor_path",
+        "resume_from_checkpoint",
+        "lora_checkpoint",
+        "preset_lora_path",
+        "output_path",
+        "cache_path",
+    ),
     *("cache_copies_path", "nvme_path", "accelerate_config_file", "fp8_models", "offload_models"),
 )
 """Fields that hold a path, or a list of paths; the last two may also name a model by its id."""
@@ -354,7 +355,12 @@ class RunConfig(BaseModel):
     initialize_model_on_cpu: bool = _setting(
         "model-specific", "nothing", False, "Load the weights on the CPU, then move them. DeepSpeed always does."
     )
-    audio_processor_path: str | None = _planned("model-specific", "nothing", None, "Wan: audio processor folder.")
+    audio_processor_path: str | None = _setting(
+        "model-specific",
+        "nothing",
+        None,
+        "Wan: folder of a wav2vec 2.0 processor. Checked, and no more: only Wan2.2-S2V hears, and it is no family yet.",
+    )
     max_timestep_boundary: Fraction = _setting(
         "model-specific",
         "weights",
@@ -683,15 +689,6 @@ class RunConfig(BaseModel):
         parse_quant_options(value)
         return value
 
-    @field_validator("*")
-    @classmethod
-    def _refuse_unsupported(cls, value: Any, info: ValidationInfo) -> Any:
-        assert info.field_name is not None
-        if value != cls.model_fields[info.field_name].default and not field_metadata(info.field_name)["supported"]:
-            message = "not supported yet"
-            raise ValueError(message)
-        return value
-
     @field_validator("family")
     @classmethod
     def _known_family(cls, value: str) -> str:
@@ -987,7 +984,7 @@ def overrides_schema() -> dict[str, Any]:
 
 
 def field_metadata(name: str) -> Mapping[str, Any]:
-    """Return ``group``, ``affects`` and ``supported`` of a field."""
+    """Return ``group`` and ``affects`` of a field."""
     extra = RunConfig.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return extra

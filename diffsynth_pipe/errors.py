@@ -3,7 +3,7 @@
 ::
 
     PipeError
-    ├── ConfigError (ValueError)       a parameter is unknown, of the wrong type, out of range or not supported yet
+    ├── ConfigError (ValueError)       a parameter is unknown, of the wrong type or out of range
     ├── DataError (ValueError)         metadata or media; names the file and the row
     ├── ModelError (ValueError)        weights, tokenizer or LoRA targets
     │   └── ModelFileMissing (FileNotFoundError)
@@ -22,7 +22,7 @@ class PipeError(Exception):
 
 
 class ConfigError(PipeError, ValueError):
-    """A parameter is unknown, of the wrong type, out of range or not supported yet."""
+    """A parameter is unknown, of the wrong type or out of range."""
 
 
 class DataError(PipeError, ValueError):

@@ -92,4 +92,4 @@ def _default_text(name: str) -> str:
         shown = "default: not set"
     else:
         shown = f"default: {str(default).lower() if isinstance(default, bool) else default}"
-    return f"[{shown}]" if field_metadata(name)["supported"] else f"[{shown}; not supported yet]"
+    return f"[{shown}]"

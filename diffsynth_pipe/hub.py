@@ -94,6 +94,12 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
     fp8_entries = _repeated("fp8_models", config.fp8_models, all_entries)
     _repeated("offload_models", config.offload_models, all_entries)
     quantizations = _quantizations(config, all_entries, fp8_entries)
+    audio_processor = config.audio_processor_path
+    if audio_processor is not None and not Path(audio_processor, "preprocessor_config.json").is_file():
+        raise ConfigError(
+            f"audio_processor_path: {audio_processor} has no preprocessor_config.json; name the folder of a "
+            "wav2vec 2.0 processor, or leave it out"
+        )
     subfolders = {
         folder: name for name, spec in family.components.items() for folder in (spec.subfolder, *spec.other_subfolders)
     }

@@ -249,7 +249,6 @@ def test_a_row_that_cannot_be_encoded_is_named(cli, run_file, edit_rows):
 def test_parameters_are_refused_before_anything_is_read(cli, run_file, run_config):
     assert_refused(cli("data-process", run_file(lora_rnak=4)), "lora_rnak", "lora_rank")
     assert_refused(cli("data-process", run_file(lora_rank=0)), "lora_rank", "0")
-    assert_refused(cli("data-process", run_file(quant_options="x")), "quant_options", "not supported yet")
     assert_refused(cli("data-process", run_file(fp8_models="x")), "fp8_models", "is no entry of the models")
     assert not run_config().cache_dir.exists()
 

@@ -86,7 +86,10 @@ def test_plan_shows_a_table_without_torch(tmp_path, tiny_repo):
         (["plan", "run.yaml", "--lora_rnak", "3"], "unknown argument '--lora_rnak'; did you mean '--lora_rank'?"),
         (["train", "run.yaml", "--lora_rank", "0"], "lora_rank: must be greater than or equal to 1, got '0'"),
         (["train", "run.yaml", "--lora_rank"], "argument --lora_rank: expected one argument"),
-        (["train", "run.yaml", "--audio_processor_path", "audio"], "audio_processor_path: not supported yet"),
+        (
+            ["train", "run.yaml", "--audio_processor_path", "audio"],
+            "audio_processor_path: has no effect with family 'qwen_image'",
+        ),
         (["train", "run.yaml", "--task", "sft:data_process"], "task: 'sft:data_process' has no train stage"),
         (["data-process", "run.yaml", "--task", "sft:train"], "task: 'sft:train' has no data_process stage"),
         (["run", "run.yaml", "--seed", "x"], "seed: must be a valid integer"),
@@ -128,7 +131,6 @@ def test_help_shows_every_flag_and_default(capsys):
     for name in RunConfig.model_fields:
         assert f"--{name} " in shown
     assert "[default: 32]" in shown
-    assert "Wan: audio processor folder. [default: not set; not supported yet]" in shown
 
 
 def test_run_becomes_the_flow_and_hands_over_what_was_typed(run_file):

@@ -134,8 +134,9 @@ REFERENCE_DEFAULTS = {
     "min_timestep_boundary": 0.0,
 }
 
-# One value other than the default for each supported field: as typed after a flag, as parsed, and what it decides.
+# One value other than the default for each field: as typed after a flag, as parsed, and what it decides.
 OTHER_VALUES = {
+    "audio_processor_path": ("wav2vec", "wav2vec", "nothing"),
     "dataset_base_path": ("data/b", "data/b", "nothing"),
     "dataset_metadata_path": ("m.csv", "m.csv", "nothing"),
     "dataset_repeat": ("3", 3, "weights"),
@@ -262,12 +263,11 @@ OTHER_VALUES = {
     "dmd2_teacher_cfg_scale": ("4", 4.0, "weights"),
     "dmd2_student_grad_clip_norm": ("1", 1.0, "weights"),
 }
-SUPPORTED = [name for name in RunConfig.model_fields if field_metadata(name)["supported"]]
-UNSUPPORTED = [name for name in RunConfig.model_fields if not field_metadata(name)["supported"]]
 LOGIT_NORMAL = {"timestep_sampling": "logit_normal"}
 DMD2 = {"task": "dmd2"}
 TRUSTED = {"trust_remote_code": "true", "extra_inputs": "template_inputs"}
 PARTNER = {
+    "audio_processor_path": {"family": "wan"},
     "height": {"width": "384"},
     "width": {"height": "512"},
     "lr_warmup_steps": {"lr_scheduler": "cosine"},
@@ -352,15 +352,15 @@ def test_defaults_are_the_references():
 
 @pytest.mark.parametrize("name", RunConfig.model_fields)
 def test_a_field_says_what_it_decides(name):
-    assert set(field_metadata(name)) == {"group", "affects", "supported"}
+    assert set(field_metadata(name)) == {"group", "affects"}
     assert field_metadata(name)["affects"] in ("cache", "weights", "nothing")
     assert field_metadata(name)["group"]
     assert RunConfig.model_fields[name].description.endswith(".")
 
 
-def test_every_supported_field_has_another_value_below():
+def test_every_field_has_another_value_below():
     # Families are files; a second one gives ``family`` another value.
-    assert set(SUPPORTED) - set(OTHER_VALUES) == {"family"}
+    assert set(RunConfig.model_fields) - set(OTHER_VALUES) == {"family"}
 
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
@@ -384,7 +384,6 @@ def test_flags_yaml_and_schema_have_the_same_names_and_defaults():
     values = config().model_dump(mode="json")
     for name, entry in properties.items():
         assert entry["affects"] == field_metadata(name)["affects"]
-        assert entry["supported"] == field_metadata(name)["supported"]
         if name != "dataset_base_path":
             assert entry["default"] == values[name]
 
@@ -405,14 +404,6 @@ def test_every_field_is_in_one_key():
 
 def test_both_stages_in_one_command_train_the_same_weights_as_two_commands():
     assert config(task="sft:train").keyed("weights") == config(task="sft").keyed("weights")
-
-
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_an_unsupported_field_is_refused_unless_at_its_default(name):
-    default = RunConfig.model_fields[name].get_default()
-    other = not default if isinstance(default, bool) else "3"
-    assert error_line(dataset_base_path="data", **{name: other}) == f"{name}: not supported yet, got {other!r}"
-    assert config(**{name: default}) == config()
 
 
 @pytest.mark.parametrize(
