@@ -654,7 +654,8 @@ class RunConfig(BaseModel):
         "this project",
         "nothing",
         None,
-        "YAML for accelerate launch. Default: ZeRO-3 with CPU offload, deploy/accelerate/zero3_cpu_offload.yaml.",
+        "YAML for accelerate launch. Default: ZeRO-3 with CPU offload, deploy/accelerate/zero3_cpu_offload.yaml; for"
+        " dmd2 one process.",
     )
 
     @field_validator("*", mode="before")

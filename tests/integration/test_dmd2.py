@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -264,6 +266,26 @@ def test_deepspeed_is_refused_in_one_line(distillation):
     assert (
         "task: 'dmd2:train' trains several models in turns, which DeepSpeed cannot; set accelerate_config_file" in line
     )
+
+
+def test_the_command_trains_in_one_process_and_the_state_is_gone_in_the_end(distillation, tmp_path):
+    flags = [word for name, value in distillation.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "diffsynth_pipe.cli", "train", *flags, "--max_steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (run_file,) = (tmp_path / "output").glob("train-*/run.json")
+    assert json.loads(run_file.read_text())["engine"] == "engine plain torch, world size 1, compute float32"
+    assert not list(run_file.parent.glob("step-*/training_state"))
+
+
+def test_fp8_trains_close_to_full_precision(distillation):
+    fp8 = {"fp8_models": distillation["model_paths"]}
+    full, held = (
+        [line["loss"] for line in metrics(train(load_config(None, distillation | changes)).path)]
+        for changes in ({}, fp8)
+    )
+    np.testing.assert_allclose(held, full, rtol=0.05)
+    assert held != full
 
 
 def test_guidance_needs_the_empty_caption(distillation, tmp_path):

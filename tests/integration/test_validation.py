@@ -180,9 +180,9 @@ def test_held_out_samples_are_never_trained_on(parameters, cache_dir, monkeypatc
     seen = {"train": set(), "validation": set()}
     forward = LossModule.forward
 
-    def watch(self, batch, draws):
+    def watch(self, batch, draws, *turn):
         seen["train" if isinstance(draws, SampleDraws) else "validation"].update(batch.sample_ids)
-        return forward(self, batch, draws)
+        return forward(self, batch, draws, *turn)
 
     monkeypatch.setattr(LossModule, "forward", watch)
     result = train(load_config(None, parameters | {"num_epochs": 2, "num_validation_samples": 2}))

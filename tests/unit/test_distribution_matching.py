@@ -154,6 +154,20 @@ def test_losses_and_gradients_are_the_plain_ones(found, batch, name):
         assert changed == [name not in SAME_STUDENT, name not in SAME_CRITIC]
 
 
+def test_a_lora_has_one_base_for_all_roles(found):
+    models = found("defaults")[3]
+    student, teacher, fake_score = (
+        {name.replace(".base_layer", ""): parameter for name, parameter in models[role].named_parameters()}
+        for role in ("dit", "dit_teacher", "dit_fake_score")
+    )
+    assert all(student[name] is parameter and fake_score[name] is parameter for name, parameter in teacher.items())
+    assert not any(parameter.requires_grad for parameter in teacher.values())
+    of_fake_score = {id(parameter) for parameter in fake_score.values() if parameter.requires_grad}
+    of_student = {id(parameter) for parameter in student.values() if parameter.requires_grad}
+    assert len(of_fake_score) == len(of_student) == len(student) - len(teacher)
+    assert of_fake_score.isdisjoint(of_student)
+
+
 def test_hidden_dim_is_twice_the_channels_of_a_head(found):
     heads = found("hidden")[3]["discriminator"].heads
     assert [tuple(head[0].weight.shape) for head in heads] == [(12, 128, 4, 4)]

@@ -41,6 +41,17 @@ def test_every_part_of_the_key_counts(changed):
     assert not torch.equal(uniform, plain_uniform)
 
 
+def test_purposes_have_draws_of_their_own_and_strata_are_for_timesteps():
+    draws = SampleDraws(0, IDS, [0, 0, 0], slots=(2, 0, 1), num_slots=3)
+    plain = SampleDraws(0, IDS, [0, 0, 0])
+    like = torch.empty(3, *SHAPE)
+    assert torch.equal(draws.noise(like, "noise"), draws.noise(like))
+    assert not torch.equal(draws.noise(like, "other"), draws.noise(like))
+    assert torch.equal((draws.uniform() * 3).long(), torch.tensor([2, 0, 1]))
+    assert torch.equal(draws.uniform("other"), plain.uniform("other"))
+    assert not torch.equal(plain.uniform("other"), plain.uniform())
+
+
 def test_the_global_generator_is_left_alone():
     before = torch.get_rng_state()
     draw(IDS, [0, 0, 0])
