@@ -44,7 +44,7 @@ _NUM_NOTE_LINES = 40
 
 _REFUSAL = re.compile(r"error(?: in rank \d+)?: (.*)")
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
+_EXCEPTION = re.compile(r"(\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
 _LAUNCHER_EXCEPTION = re.compile(r"\b(?:ChildFailedError|CalledProcessError|SignalException)\b")
 _CHILD_EXITED_WITH_2 = re.compile(r"exitcode\s*: 2\b|non-zero exit status 2\b")
 
@@ -360,9 +360,9 @@ def _failure(exit_code: int, lines: Sequence[str], log_path: Path) -> PipeError:
 
 
 def _cause(lines: Sequence[str]) -> str:
-    """Return the last exception that is not the launcher's own, or else the last line."""
-    for line in reversed(lines):
-        match = _EXCEPTION.match(line)
-        if match and not _LAUNCHER_EXCEPTION.search(line):
-            return match[1]
-    return lines[-1] if lines else "no output"
+    """Return the last exception of the rank that failed first, but the launcher's own; else the last line."""
+    found = [match for line in lines if (match := _EXCEPTION.match(line)) and not _LAUNCHER_EXCEPTION.search(line)]
+    # The other ranks fail because that one is gone, and say so with exceptions of their own.
+    first_rank = next((match[1] for match in found if match[1]), None)
+    of_first = [match[2] for match in found if match[1] == first_rank]
+    return of_first[-1] if of_first else lines[-1] if lines else "no output"

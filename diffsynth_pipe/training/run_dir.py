@@ -19,6 +19,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import safetensors
 from blake3 import blake3
 
 from cache_store.durable import fsync_folder, publish_folder
@@ -74,6 +75,21 @@ class Checkpoint:
 def checkpoint_of(run_dir: Path, step: int) -> Checkpoint:
     """Return the checkpoint of a step, published or not."""
     return Checkpoint(step, run_dir / f"step-{step:06d}")
+
+
+@contextlib.contextmanager
+def disk_errors(what: object) -> Iterator[None]:
+    """Turn an error of the disk into one line that begins with ``what``.
+
+    Raises:
+        LaunchError: The disk is full, read-only, not permitted or broken.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise LaunchError(
+            f"{what}: {error}; check permissions and free space, then run the same command again"
+        ) from error
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
