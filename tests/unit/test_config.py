@@ -678,7 +678,10 @@ def test_absolute_paths_keep_ids_and_the_models_that_other_parameters_repeat(tmp
             "model_paths": ["dit/a.safetensors"],
             "model_id_with_origin_paths": vae,
             "fp8_models": [vae, "dit/a.safetensors"],
+            "family": "flux",
+            "tokenizer_2_path": "t5",
         },
     ).with_absolute_paths()
+    assert config.tokenizer_2_path == str(tmp_path / "t5")
     assert config.model_paths == [str(tmp_path / "dit/a.safetensors")]
     assert config.fp8_models == [vae, *config.model_paths]
