@@ -23,6 +23,7 @@ from cache_store.durable import move_aside
 from diffsynth_pipe.errors import LaunchError, PipeError
 from diffsynth_pipe.gpu_lock import hold, visible_gpus, wait_for_lock
 from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_train, summarize
+from diffsynth_pipe.training.run_dir import drop_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -174,6 +175,8 @@ def _launch(
 ) -> StageResult:
     plan = plan_stage(config)
     if plan.verdict == "hit" and not force:
+        if plan.stage == "train":
+            drop_states(run_dir)
         return StageResult(stage=plan.stage, state="Cached", key=plan.key, path=plan.path, summary=summarize(plan))
     log_name = f"{plan.stage}.log"
 

@@ -35,7 +35,7 @@ from diffsynth_pipe.stages.plan import (
     summarize,
     trainable_models,
 )
-from diffsynth_pipe.training.run_dir import disk_errors, file_digest, only_training, resumable
+from diffsynth_pipe.training.run_dir import disk_errors, drop_states, file_digest, only_training, resumable
 from diffsynth_pipe.training.trackers import check_packages
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ def _train(
     run_dir = plan.path
     assert isinstance(run_dir, Path)
     if plan.verdict == "hit":
+        if accelerator.is_main_process:
+            drop_states(run_dir)
         accelerator.end_training()
         return StageResult(stage="train", state="Cached", key=plan.key, path=run_dir, summary=summarize(plan))
     with contextlib.ExitStack() as held:
@@ -159,6 +161,7 @@ def _train(
                 held.enter_context(only_training(run_dir))
                 config.save(run_dir / "config.yaml")
             _warn_of_other_expert(family, config, files["dit"])
+        accelerator.wait_for_everyone()  # rank 0 may have put back a checkpoint
         resume = _resume_point(run_dir, plan.key)
         engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
         model, outputs = _load_models(config, family, split, files, accelerator, lineage, train_source)

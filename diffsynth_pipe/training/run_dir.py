@@ -36,6 +36,7 @@ NUM_STATES = 2
 
 _NAME = re.compile(r"step-(\d{6,})")
 _SCRATCH = ".unfinished"
+_REPLACED = f"{_SCRATCH}/replaced"
 _LOCK = ".training"
 
 
@@ -102,6 +103,8 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 def only_training(run_dir: Path) -> Iterator[None]:
     """Keep other processes of this machine from training into a run directory; a killed one lets go of it.
 
+    A checkpoint that was about to be replaced when a run was killed is put back first.
+
     Raises:
         RunDirBusy: One is at it.
     """
@@ -113,6 +116,9 @@ def only_training(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             message = f"another process trains into {run_dir}: wait for it, or stop it with SIGTERM"
             raise RunDirBusy(message) from None
+        for checkpoint in list_checkpoints(run_dir / _REPLACED):  # of a run that was killed between two renames
+            if not (run_dir / checkpoint.path.name).exists():
+                checkpoint.path.rename(run_dir / checkpoint.path.name)
         yield
     finally:
         os.close(descriptor)
@@ -155,7 +161,8 @@ def publish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Checkpoi
     write(folder)
     _sync(folder)
     if checkpoint.path.exists():
-        checkpoint.path.rename(scratch / "replaced")
+        (run_dir / _REPLACED).mkdir()
+        checkpoint.path.rename(run_dir / _REPLACED / checkpoint.path.name)
     publish_folder(folder, checkpoint.path)
     shutil.rmtree(scratch)
     return checkpoint
@@ -183,6 +190,17 @@ def thin_out(
             _delete(checkpoint.path, run_dir)
         elif checkpoint.is_resumable and checkpoint.step not in with_state:
             _delete(checkpoint.state_folder, run_dir)
+
+
+def drop_states(run_dir: Path) -> None:
+    """Delete what only serves to resume, of a finished run that was killed before it had done so.
+
+    A run directory that another process is at is left alone.
+    """
+    if resumable(run_dir):
+        with contextlib.suppress(RunDirBusy), only_training(run_dir):
+            for checkpoint in resumable(run_dir):
+                _delete(checkpoint.state_folder, run_dir)
 
 
 def _delete(folder: Path, run_dir: Path) -> None:
