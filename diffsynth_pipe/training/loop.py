@@ -168,7 +168,8 @@ class Loop:
             contextlib.closing(self._batches(step)) as batches,
         ):
             if not self._resume:
-                validation = self._validate(0, metrics)
+                with signals.peers_needed():
+                    validation = self._validate(0, metrics)
                 self._loss_before = validation.loss if validation else None
             while step < self._num_steps and not stopping.should_stop:
                 step += 1
@@ -181,7 +182,8 @@ class Loop:
                 save |= stop or self._is_checkpoint_due(step)
                 validation = None
                 if self._is_validation_due(step):
-                    validation = self._validate(step, metrics)
+                    with signals.peers_needed():
+                        validation = self._validate(step, metrics)
                     save |= validation is not None and stopping.update(step, validation.loss)
                 if save or stopping.should_stop:
                     metrics.write(step, loss_by_noise_decile=self._loss_by_decile.take())
