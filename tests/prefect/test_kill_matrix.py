@@ -159,6 +159,10 @@ def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(
 
     stops = {"cancel": cancel, "kill_flow": kill_flow, "kill_worker": kill_worker}
 
+    def worker_has_told_all():
+        report = f"prefect.flow_runs.worker - Reported flow run '{run.id}' as crashed"
+        return report in (stack.folder / "worker.log").read_text()
+
     def stop_in(stage, pattern, num_processes, stop):
         held = stage.hold(pattern, num_processes)
         state = stops[stop](guard_of(held[0]))
@@ -169,6 +173,8 @@ def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(
         assert read_run(run_dir) is None
         if stop == "kill_worker":
             stack.restart_worker()
+        if stop == "kill_flow":  # it is reported twice, seconds apart, and the second report would undo the retry
+            stack.wait(worker_has_told_all)
         stack.client.set_flow_run_state(run.id, Scheduled(), force=True)
 
     for stop in in_data_process:
