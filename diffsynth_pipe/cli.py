@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from cache_store.backends import backend_names
-from cache_store.contract import CacheCorrupt
+from cache_store.contract import CacheCorrupt, CacheNotFound
 from cache_store.object_path import root_of
 from diffsynth_pipe.config import RunConfig, Stage, load_config
 from diffsynth_pipe.errors import USER_ERRORS, ConfigError, ModelFileMissing
@@ -209,7 +209,7 @@ def _is_done(config: RunConfig, stages: Sequence[Stage]) -> bool:
         return False
     try:
         plans = plan_stages(config, stages)
-    except ModelFileMissing as error:
+    except (ModelFileMissing, CacheNotFound) as error:
         print(f"{error}\nThe worker will plan the run")
         return False
     for plan in plans:

@@ -102,15 +102,9 @@ def _say_what_validators_know(schema: dict[str, Any]) -> None:
 
 
 _PATHS = (
-    *("dataset_base_path", "dataset_metadata_path", "model_paths", "tokenizer_path", "processor_path"),
-    *(
-        "audio_processor_path",
-        "resume_from_checkpoint",
-        "lora_checkpoint",
-        "preset_lora_path",
-        "output_path",
-        "cache_path",
-    ),
+    *("dataset_base_path", "dataset_metadata_path", "model_paths"),
+    *("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path", "audio_processor_path"),
+    *("resume_from_checkpoint", "lora_checkpoint", "preset_lora_path", "output_path", "cache_path"),
     *("cache_copies_path", "nvme_path", "accelerate_config_file", "fp8_models", "offload_models"),
 )
 """Fields that hold a path, or a list of paths; the last two may also name a model by its id."""

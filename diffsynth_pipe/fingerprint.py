@@ -47,17 +47,25 @@ def json_digest(value: Any) -> str:
     return bytes_digest(text.encode())
 
 
+_INPUTS = {
+    *("dataset_base_path", "dataset_metadata_path", "model_paths", "model_id_with_origin_paths", "fp8_models"),
+    *("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path"),
+    *("resume_from_checkpoint", "lora_checkpoint", "preset_lora_path"),
+}
+"""Fields that name what a run reads: their content decides the keys of stages, which no name can wait for."""
+
+
 def run_name(config: RunConfig, stages: Iterable[Stage]) -> str:
-    """Name a run for people: ``qwen_image lora r16 on photos, 1f2e3d``; the same digits mean the same parameters."""
+    """Name a run for people: ``qwen_image lora r16 on photos, 1f2e3d``; equal digits, equal parameters and paths."""
     if "train" not in stages:
         what = "cache"
     elif config.lora_base_model is not None:
         what = f"lora r{config.lora_rank}"
     else:
         what = f"full {config.trainable_models}"
-    dataset = Path(config.dataset_base_path).absolute()
-    parameters = [config.keyed("cache"), config.keyed("weights"), str(dataset), config.dataset_metadata_path]
-    return f"{config.family} {what} on {dataset.name}, {json_digest(parameters)[:6]}"
+    inputs = config.with_absolute_paths().model_dump(mode="json", include=_INPUTS)
+    parameters = [config.keyed("cache"), config.keyed("weights"), inputs]
+    return f"{config.family} {what} on {Path(config.dataset_base_path).absolute().name}, {json_digest(parameters)[:6]}"
 
 
 def file_digest(path: Path) -> str:

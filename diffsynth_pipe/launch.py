@@ -24,6 +24,7 @@ from diffsynth_pipe.contracts import load_task
 from diffsynth_pipe.errors import LaunchError, PipeError
 from diffsynth_pipe.gpu_lock import hold, visible_gpus, wait_for_lock
 from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_train, summarize
+from diffsynth_pipe.training.run_dir import drop_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ _NUM_NOTE_LINES = 40
 
 _REFUSAL = re.compile(r"error(?: in rank \d+)?: (.*)")
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
+_EXCEPTION = re.compile(r"(\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
 _LAUNCHER_EXCEPTION = re.compile(r"\b(?:ChildFailedError|CalledProcessError|SignalException)\b")
 _CHILD_EXITED_WITH_2 = re.compile(r"exitcode\s*: 2\b|non-zero exit status 2\b")
 
@@ -178,6 +179,8 @@ def _launch(
 ) -> StageResult:
     plan = plan_stage(config)
     if plan.verdict == "hit" and not force:
+        if plan.stage == "train":
+            drop_states(run_dir)
         return StageResult(stage=plan.stage, state="Cached", key=plan.key, path=plan.path, summary=summarize(plan))
     log_name = f"{plan.stage}.log"
 
@@ -364,9 +367,9 @@ def _failure(exit_code: int, lines: Sequence[str], log_path: Path) -> PipeError:
 
 
 def _cause(lines: Sequence[str]) -> str:
-    """Return the last exception that is not the launcher's own, or else the last line."""
-    for line in reversed(lines):
-        match = _EXCEPTION.match(line)
-        if match and not _LAUNCHER_EXCEPTION.search(line):
-            return match[1]
-    return lines[-1] if lines else "no output"
+    """Return the last exception of the rank that failed first, but the launcher's own; else the last line."""
+    found = [match for line in lines if (match := _EXCEPTION.match(line)) and not _LAUNCHER_EXCEPTION.search(line)]
+    # The other ranks fail because that one is gone, and say so with exceptions of their own.
+    first_rank = next((match[1] for match in found if match[1]), None)
+    of_first = [match[2] for match in found if match[1] == first_rank]
+    return of_first[-1] if of_first else lines[-1] if lines else "no output"

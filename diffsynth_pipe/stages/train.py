@@ -37,7 +37,7 @@ from diffsynth_pipe.stages.plan import (
     summarize,
     trainable_models,
 )
-from diffsynth_pipe.training.run_dir import file_digest, only_training, resumable
+from diffsynth_pipe.training.run_dir import disk_errors, drop_states, file_digest, only_training, resumable
 from diffsynth_pipe.training.trackers import check_packages
 
 if TYPE_CHECKING:
@@ -154,14 +154,18 @@ def _train(
     run_dir = plan.path
     assert isinstance(run_dir, Path)
     if plan.verdict == "hit":
+        if accelerator.is_main_process:
+            drop_states(run_dir)
         accelerator.end_training()
         return StageResult(stage="train", state="Cached", key=plan.key, path=run_dir, summary=summarize(plan))
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(only_training(run_dir))
-            config.save(run_dir / "config.yaml")
+            with disk_errors(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(only_training(run_dir))
+                config.save(run_dir / "config.yaml")
             _warn_of_other_expert(family, config, files["dit"])
+        accelerator.wait_for_everyone()  # rank 0 may have put back a checkpoint
         resume = _resume_point(run_dir, plan.key)
         engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
         objective = _objective(config, family, accelerator)
@@ -189,9 +193,10 @@ def _train(
             "elapsed_s": round(time.perf_counter() - begin, 3),
         }
         if accelerator.is_main_process:
-            run["digests"] = {file: file_digest(run_dir / file) for file in result.files}
-            replace_file(run_dir / "run.json", (json.dumps(run, indent=2) + "\n").encode(), run_dir)
-            loop.drop_states()
+            with disk_errors(run_dir):
+                run["digests"] = {file: file_digest(run_dir / file) for file in result.files}
+                replace_file(run_dir / "run.json", (json.dumps(run, indent=2) + "\n").encode(), run_dir)
+                loop.drop_states()
     accelerator.end_training()
     return StageResult(stage="train", state=STATE_OF_VERDICT[plan.verdict], key=plan.key, path=run_dir, summary=run)
 

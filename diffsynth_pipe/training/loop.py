@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import logging
 import math
+import os
+import platform
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -160,7 +162,7 @@ class Loop:
         validation: Validation | None = None
         saved: tuple[run_dirs.Checkpoint, list[str]] | None = None
         with (
-            StopSignals() as signals,
+            StopSignals(self._peers()) as signals,
             Metrics(
                 config,
                 self._run_dir,
@@ -171,23 +173,28 @@ class Loop:
             contextlib.closing(self._batches(step)) as batches,
         ):
             if not self._resume:
-                validation = self._validate(0, metrics)
+                with signals.peers_needed():
+                    validation = self._validate(0, metrics)
                 self._loss_before = validation.loss if validation else None
             while step < self._num_steps and not stopping.should_stop:
                 step += 1
-                values = self._step(step, batches)
+                with signals.peers_needed():
+                    values = self._step(step, batches)
                 metrics.write(step, epoch=self._sampler.finished_passes(step - 1) // config.dataset_repeat, **values)
                 metrics.advance(values)
-                stop, save = self._agree(signals.received is not None, self._is_state_due())
+                with signals.peers_needed():
+                    stop, save = self._agree(signals.received is not None, self._is_state_due())
                 save |= stop or self._is_checkpoint_due(step)
                 validation = None
                 if self._is_validation_due(step):
-                    validation = self._validate(step, metrics)
+                    with signals.peers_needed():
+                        validation = self._validate(step, metrics)
                     save |= validation is not None and stopping.update(step, validation.loss)
                 if save or stopping.should_stop:
                     metrics.write(step, loss_by_noise_decile=self._loss_by_decile.take())
                     saved = self._save(step)
                 if stop and step < self._num_steps and not stopping.should_stop:
+                    self._leave_together(signals)
                     raise TrainingStopped(step, signals.received)
             if stopping.should_stop:
                 metrics.say(
@@ -196,6 +203,7 @@ class Loop:
             # Both are missing where a run was killed between its last checkpoint and its end.
             validation = validation or self._validate(step, metrics)
             saved = saved or self._save(step)
+            self._leave_together(signals)
         return TrainResult(
             num_steps=step,
             loss_before=self._loss_before,
@@ -245,6 +253,21 @@ class Loop:
         mine = torch.tensor([wishes], dtype=torch.int32, device=self._accelerator.device)
         agreed: list[bool] = self._accelerator.gather(mine).bool().any(0).tolist()
         return agreed
+
+    def _peers(self) -> list[int]:
+        """Return the process ids of the other ranks on this machine."""
+        if self._accelerator.num_processes == 1:
+            return []
+        from accelerate.utils import gather_object
+
+        machine = (platform.node(), os.environ.get("GROUP_RANK"))  # torchrun's number of it
+        ranks = gather_object([(machine, os.getpid())])
+        return [pid for its_machine, pid in ranks if its_machine == machine and pid != os.getpid()]
+
+    def _leave_together(self, signals: StopSignals) -> None:
+        """Let no rank end before rank 0 has saved: rank 0 would take it for one that died."""
+        with contextlib.nullcontext() if self._accelerator.is_main_process else signals.peers_needed():
+            self._accelerator.wait_for_everyone()
 
     def _plans(self, first_step: int) -> Iterator[BatchPlan]:
         """Yield this rank's micro-batches from this step on, counted from 0."""
@@ -378,14 +401,9 @@ class Loop:
             )
 
         if is_main:
-            try:
+            with run_dirs.disk_errors(f"step {step} cannot be saved in {self._run_dir}"):
                 checkpoint = run_dirs.publish(self._run_dir, step, write)
                 self._thin_out(run_dirs.NUM_STATES)
-            except (OSError, safetensors.SafetensorError) as error:
-                raise LaunchError(
-                    f"step {step} cannot be saved in {self._run_dir}: {error}; check permissions and free space, then "
-                    "run the same command again"
-                ) from error
         else:
             states.write_optimizer(engine, self._trainable, self._run_dir)  # its collectives, no file
             checkpoint = run_dirs.checkpoint_of(self._run_dir, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -12,7 +13,8 @@ from tqdm import tqdm
 
 from cache_store.durable import move_aside
 from diffsynth_pipe.errors import LaunchError
-from diffsynth_pipe.training.trackers import open_file_trackers, open_service_trackers
+from diffsynth_pipe.training.run_dir import disk_errors
+from diffsynth_pipe.training.trackers import failures_named, open_file_trackers, open_service_trackers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -76,14 +78,16 @@ class Metrics:
         """Append one line; it is on its way to the disk when this returns. Trackers get the numbers in it."""
         if self._file:
             entry = {"step": step, **values, "time": round(time.time(), 3)}
-            self._file.write(json.dumps(entry) + "\n")
-            self._file.flush()
+            with disk_errors(self._file.name):
+                self._file.write(json.dumps(entry) + "\n")
+                self._file.flush()
             self._log(entry)
 
     def _log(self, entry: Mapping[str, Any]) -> None:
         values = _numbers({name: value for name, value in entry.items() if name not in ("step", "time")})
         for tracker in self._trackers:
-            tracker.log(entry["step"], values, entry["time"])
+            with failures_named(tracker.flag, LaunchError, "run the same command again, or without it"):
+                tracker.log(entry["step"], values, entry["time"])
 
     def advance(self, values: Mapping[str, float]) -> None:
         """Move the bar by one step and show its values."""
@@ -102,10 +106,13 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        if self._file:
-            self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():  # a second error hides the first
+            if self._file:
+                with disk_errors(self._file.name):
+                    self._file.close()
+            for tracker in self._trackers:
+                with failures_named(tracker.flag, LaunchError, "run the same command again, or without it"):
+                    tracker.close()
 
 
 class LossByDecile:

@@ -19,6 +19,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import safetensors
 from blake3 import blake3
 
 from cache_store.durable import fsync_folder, publish_folder
@@ -35,6 +36,7 @@ NUM_STATES = 2
 
 _NAME = re.compile(r"step-(\d{6,})")
 _SCRATCH = ".unfinished"
+_REPLACED = f"{_SCRATCH}/replaced"
 _LOCK = ".training"
 
 
@@ -76,6 +78,21 @@ def checkpoint_of(run_dir: Path, step: int) -> Checkpoint:
     return Checkpoint(step, run_dir / f"step-{step:06d}")
 
 
+@contextlib.contextmanager
+def disk_errors(what: object) -> Iterator[None]:
+    """Turn an error of the disk into one line that begins with ``what``.
+
+    Raises:
+        LaunchError: The disk is full, read-only, not permitted or broken.
+    """
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise LaunchError(
+            f"{what}: {error}; check permissions and free space, then run the same command again"
+        ) from error
+
+
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write ``state.json`` beside the files of a training state, with their digests."""
     files = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
@@ -85,6 +102,8 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def only_training(run_dir: Path) -> Iterator[None]:
     """Keep other processes of this machine from training into a run directory; a killed one lets go of it.
+
+    A checkpoint that was about to be replaced when a run was killed is put back first.
 
     Raises:
         RunDirBusy: One is at it.
@@ -97,6 +116,9 @@ def only_training(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             message = f"another process trains into {run_dir}: wait for it, or stop it with SIGTERM"
             raise RunDirBusy(message) from None
+        for checkpoint in list_checkpoints(run_dir / _REPLACED):  # of a run that was killed between two renames
+            if not (run_dir / checkpoint.path.name).exists():
+                checkpoint.path.rename(run_dir / checkpoint.path.name)
         yield
     finally:
         os.close(descriptor)
@@ -139,7 +161,8 @@ def publish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Checkpoi
     write(folder)
     _sync(folder)
     if checkpoint.path.exists():
-        checkpoint.path.rename(scratch / "replaced")
+        (run_dir / _REPLACED).mkdir()
+        checkpoint.path.rename(run_dir / _REPLACED / checkpoint.path.name)
     publish_folder(folder, checkpoint.path)
     shutil.rmtree(scratch)
     return checkpoint
@@ -167,6 +190,17 @@ def thin_out(
             _delete(checkpoint.path, run_dir)
         elif checkpoint.is_resumable and checkpoint.step not in with_state:
             _delete(checkpoint.state_folder, run_dir)
+
+
+def drop_states(run_dir: Path) -> None:
+    """Delete what only serves to resume, of a finished run that was killed before it had done so.
+
+    A run directory that another process is at is left alone.
+    """
+    if resumable(run_dir):
+        with contextlib.suppress(RunDirBusy), only_training(run_dir):
+            for checkpoint in resumable(run_dir):
+                _delete(checkpoint.state_folder, run_dir)
 
 
 def _delete(folder: Path, run_dir: Path) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import os
 import shutil
 from typing import TYPE_CHECKING, Any, Protocol
 
-from diffsynth_pipe.errors import ConfigError
+from diffsynth_pipe.errors import ConfigError, PipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from diffsynth_pipe.config import RunConfig
@@ -22,7 +23,13 @@ PACKAGES = {"enable_tensorboard_log": "tensorboardX", "enable_wandb_log": "wandb
 
 
 class Tracker(Protocol):
-    """Takes the numbers of one run."""
+    """Takes the numbers of one run.
+
+    Attributes:
+        flag: The parameter that asks for it.
+    """
+
+    flag: str
 
     def log(self, step: int, values: Mapping[str, float], time_s: float) -> None:
         """Take the numbers of an optimizer step; a step can have several calls, with other names.
@@ -39,6 +46,8 @@ class Tracker(Protocol):
 
 class CsvTracker:
     """``metrics.csv`` with the reference's columns: step, key, value."""
+
+    flag = "enable_csv_log"
 
     def __init__(self, run_dir: Path) -> None:
         self._file = (run_dir / CSV_FILE).open("w", encoding="utf-8", newline="")
@@ -57,6 +66,8 @@ class CsvTracker:
 
 class TensorBoardTracker:
     """Event files in ``tensorboard_log``; ``tensorboard --logdir`` of it or of any folder above shows them."""
+
+    flag = "enable_tensorboard_log"
 
     def __init__(self, run_dir: Path) -> None:
         from tensorboardX import SummaryWriter
@@ -78,6 +89,8 @@ class WandbTracker:
 
     A resumed run goes on under the same id; W&B leaves out the steps that it has.
     """
+
+    flag = "enable_wandb_log"
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         import wandb
@@ -105,6 +118,8 @@ class WandbTracker:
 class SwanLabTracker:
     """An experiment of SwanLab, its files in ``swanlab_log``; ``SWANLAB_MODE=offline`` sends nothing."""
 
+    flag = "enable_swanlab_log"
+
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         import swanlab
 
@@ -126,6 +141,20 @@ class SwanLabTracker:
     def close(self) -> None:
         """Wait until all is sent."""
         self._run.finish()
+
+
+@contextlib.contextmanager
+def failures_named(flag: str, kind: type[PipeError], cure: str) -> Iterator[None]:
+    """Turn whatever a tracker raises into one line that names its flag and a cure.
+
+    Raises:
+        PipeError: Of this kind.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise kind(f"{flag}: {reason}; {cure}") from error
 
 
 def check_packages(config: RunConfig) -> None:
@@ -151,6 +180,16 @@ def open_file_trackers(config: RunConfig, run_dir: Path) -> list[Tracker]:
 
 
 def open_service_trackers(config: RunConfig, run_dir: Path) -> list[Tracker]:
-    """Start the trackers that send to a service; on rank 0 only."""
-    trackers: list[Tracker] = [WandbTracker(config, run_dir)] if config.enable_wandb_log else []
-    return [*trackers, SwanLabTracker(config, run_dir)] if config.enable_swanlab_log else trackers
+    """Start the trackers that send to a service; on rank 0 only.
+
+    Raises:
+        ConfigError: A service refuses, or does not know who is logging in.
+    """
+    trackers: list[Tracker] = []
+    for kind, enabled in ((WandbTracker, config.enable_wandb_log), (SwanLabTracker, config.enable_swanlab_log)):
+        if enabled:
+            package = PACKAGES[kind.flag]
+            cure = f"log in with `{package} login`, or set {package.upper()}_MODE=offline"
+            with failures_named(kind.flag, ConfigError, cure):
+                trackers.append(kind(config, run_dir))
+    return trackers

@@ -126,6 +126,19 @@ def test_failure_names_its_cause_and_carries_the_last_lines(tmp_path):
     assert "before\n" in caught.value.__notes__[0]
 
 
+def test_failure_of_several_ranks_names_the_cause_of_the_first(tmp_path):
+    code = """
+        import sys
+        print("[rank0]: Traceback (most recent call last):\\n[rank0]: KeyError: 'first'")
+        print("[rank0]: ValueError: of the first")
+        print("[rank1]: RuntimeError: Connection reset by peer")
+        print("torch.distributed.elastic.multiprocessing.errors.ChildFailedError:")
+        sys.exit(1)
+    """
+    with pytest.raises(LaunchError, match=r"^x ended with exit code 1: ValueError: of the first; all output is in "):
+        run(python(code), tmp_path)
+
+
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSEGV, "SIGSEGV")])
 def test_death_by_a_signal_names_the_signal(tmp_path, number, name):
     with pytest.raises(LaunchError, match=rf"^x ended with {name}: last words; all output is in "):

@@ -19,6 +19,7 @@ from small_trainings import LAUNCH_FILES, launch_command
 
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.errors import ConfigError, RunDirBusy, TrainingStopped
+from diffsynth_pipe.launch import launch_train
 from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.loop import Loop
@@ -158,6 +159,18 @@ def test_only_the_newest_states_and_the_wanted_checkpoints_are_kept(parameters):
     train(config)
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [7, 8, 9]
     assert not resumable(run_dir)  # a finished run needs none
+
+
+@pytest.mark.parametrize("again", [train, launch_train])
+def test_a_kill_before_the_states_of_a_finished_run_are_gone_leaves_none_for_good(parameters, monkeypatch, again):
+    config = load_config(None, parameters)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "drop_states", lambda _: None)
+        finished = train(config)
+    assert resumable(finished.path)
+    assert again(config).state == "Cached"
+    assert not resumable(finished.path)
+    assert lora_bytes(finished)
 
 
 def test_a_checkpoint_that_nobody_asked_for_gives_way_to_one_that_somebody_did(parameters):

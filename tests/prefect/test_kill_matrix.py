@@ -8,21 +8,25 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import yaml
+from PIL import Image
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+from prefect.states import Cancelling, Scheduled
 from small_trainings import LAUNCH_FILES, free_port
 
 from cache_store.verify import verify
-from diffsynth_pipe.launch import launch_data_process, launch_train
+from diffsynth_pipe.launch import launch_train, stage_config
+from diffsynth_pipe.stages.data_process import data_process as run_data_process
 from diffsynth_pipe.stages.plan import read_run
 
 DEADLINE_S = 60
 HOLD_POLL_S = 0.02
 
-DEMO = Path(__file__).parents[2] / "deploy" / "demo"
+NUM_PICTURES = 140
 DATA_PROCESS_MOVES = r"data_process \w+: +\d+%\|[^|]*\| [1-9]"
 TRAIN_MOVES = r"saved step-"
 
@@ -48,6 +52,8 @@ class Stage:
         for process in held:
             process.suspend()
         assert len(held) == num_processes, held
+        # A SIGTERM that comes before the process has stopped would overtake SIGSTOP, and never be seen pending.
+        self._stack.wait(lambda: all(process.status() == psutil.STATUS_STOPPED for process in held), DEADLINE_S)
         return held
 
     def let_go_at_sigterm(self, processes) -> None:
@@ -66,6 +72,10 @@ class Stage:
 def _is_pending(process, number: int) -> bool:
     status = Path(f"/proc/{process.pid}/status").read_text()
     return bool(int(re.search(r"ShdPnd:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
+def guard_of(process):
+    return next(parent for parent in process.parents() if "diffsynth_pipe.guard" in parent.cmdline())
 
 
 def wait_until_gone(stack, processes) -> None:
@@ -90,29 +100,44 @@ def wait_until_idle(stack) -> None:
 
 @pytest.fixture
 def parameters(run_parameters, tmp_path):
-    """A run on two ranks, long enough to be met at work six times."""
+    """A run whose training takes two ranks, with work enough to be met at it in each stage again and again."""
     settings = yaml.safe_load((LAUNCH_FILES / "ddp.yaml").read_text()) | {"main_process_port": free_port()}
     launch_file = tmp_path / "ddp.yaml"
     launch_file.write_text(yaml.safe_dump(settings))
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(NUM_PICTURES):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "prompt": f"picture {number}"})
+    (folder / "metadata.json").write_text(json.dumps(rows))
     return run_parameters | {
-        "dataset_base_path": str(DEMO),
-        "dataset_metadata_path": str(DEMO / "metadata.csv"),
+        "dataset_base_path": str(folder),
+        "dataset_metadata_path": str(folder / "metadata.json"),
         "accelerate_config_file": str(launch_file),
-        "dataset_repeat": 8,
         "save_steps": 5,
         "checkpoints_total_limit": 1,
         "num_validation_samples": 0,
-        "cache_commit_seconds": 0.01,
+        "cache_commit_seconds": 0.05,
     }
 
 
-@pytest.mark.torture
-def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(stack, parameters, run_config, tmp_path):
+@pytest.mark.parametrize(
+    ("in_data_process", "in_train"),
+    [
+        (["cancel", "kill_flow", "kill_worker"], []),
+        pytest.param(["cancel"], ["cancel", "kill_flow", "kill_worker"], marks=pytest.mark.torture),
+    ],
+)
+def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(
+    stack, parameters, run_config, tmp_path, in_data_process, in_train
+):
     config = run_config(**parameters)
     left_alone = config.model_copy(
         update={"output_path": str(tmp_path / "left_alone"), "cache_path": str(tmp_path / "other_cache")}
     )
-    launch_data_process(left_alone)
+    run_data_process(stage_config(left_alone, "data_process"))
     expected = launch_train(left_alone)
 
     run = stack.submit(parameters)
@@ -120,56 +145,53 @@ def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(stack, parameter
     run_dir = tmp_path / "output" / expected.path.name
     train = Stage(stack, "diffsynth_pipe.train", run_dir / "train.log")
 
-    def cancel():
-        stack.cli("flow-run", "cancel", run.id)
+    def cancel(_):
+        stack.client.set_flow_run_state(run.id, Cancelling())
+        return "Cancelled"
 
-    def stopped(state):
+    def kill_flow(guard):
+        guard.parent().kill()
+        return "Crashed"
+
+    def kill_worker(_):
+        stack.kill(stack.worker)
+        return "Crashed"
+
+    stops = {"cancel": cancel, "kill_flow": kill_flow, "kill_worker": kill_worker}
+
+    def worker_has_told_all():
+        report = f"prefect.flow_runs.worker - Reported flow run '{run.id}' as crashed"
+        return report in (stack.folder / "worker.log").read_text()
+
+    def stop_in(stage, pattern, num_processes, stop):
+        held = stage.hold(pattern, num_processes)
+        state = stops[stop](guard_of(held[0]))
+        stage.let_go_at_sigterm(held)
         assert stack.wait_for_state(run.id).state_name == state
         wait_until_idle(stack)
         assert verify(config.cache_dir, full=True) == []
         assert read_run(run_dir) is None
+        if stop == "kill_worker":
+            stack.restart_worker()
+        if stop == "kill_flow":  # it is reported twice, seconds apart, and the second report would undo the retry
+            stack.wait(worker_has_told_all)
+        stack.client.set_flow_run_state(run.id, Scheduled(), force=True)
 
-    def retry():
-        stack.cli("flow-run", "retry", run.id)
-
-    # Cancelled in each stage.
-    held = data_process.hold(DATA_PROCESS_MOVES, 1)
-    cancel()
-    data_process.let_go_at_sigterm(held)
-    stopped("Cancelled")
-
-    retry()
-    held = train.hold(TRAIN_MOVES, 2)
-    cancel()
-    train.let_go_at_sigterm(held)
-    stopped("Cancelled")
-
-    # SIGKILL of the flow's process, and of the worker.
-    retry()
-    held = train.hold(TRAIN_MOVES, 2)
-    launcher = held[0].parent()
-    launcher.parent().parent().kill()
-    train.let_go_at_sigterm(held)
-    stopped("Crashed")
-
-    retry()
-    held = train.hold(TRAIN_MOVES, 2)
-    stack.kill(stack.worker)
-    train.let_go_at_sigterm(held)
-    stopped("Crashed")
-    stack.restart_worker()
+    for stop in in_data_process:
+        stop_in(data_process, DATA_PROCESS_MOVES, 1, stop)
+    for stop in in_train:
+        stop_in(train, TRAIN_MOVES, 2, stop)
 
     # SIGKILL of the launcher, and of one rank: the task tries again by itself.
-    retry()
     held = train.hold(TRAIN_MOVES, 2)
-    family = [*held, held[0].parent(), held[0].parent().parent()]
+    family = [*held, held[0].parent(), guard_of(held[0])]
     held[0].parent().kill()
     train.let_go_at_sigterm(held)
     wait_until_gone(stack, family)
     assert verify(config.cache_dir, full=True) == []
 
     killed, other = held = train.hold(TRAIN_MOVES, 2)
-    family = [*held, killed.parent(), killed.parent().parent()]
+    family = [*held, killed.parent(), guard_of(killed)]
     killed.kill()
     train.let_go_at_sigterm([other])
     wait_until_gone(stack, family)
@@ -183,7 +205,7 @@ def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(stack, parameter
     assert stack.wait_for_state(run.id).state_name == "Completed"
     wait_until_idle(stack)
     assert verify(config.cache_dir, full=True) == []
-    assert train.log.read_text().count("goes on after step") == 5
+    assert train.log.read_text().count("goes on after step") == len(in_train) + 2
     assert read_run(run_dir)["digests"] == expected.summary["digests"]
 
 

@@ -180,6 +180,24 @@ def test_tiny_model_writes_a_repository(tmp_path, capsys):
     assert (tmp_path / "tiny" / "model_index.json").is_file()
 
 
+def test_submit_leaves_the_plan_to_the_worker_where_the_cache_is_not_here(
+    tiny_repo, model_ids, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tiny_repo.parents[1]))
+    monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "True")
+    cache = tmp_path / "cache"
+    submitted = []
+    monkeypatch.setattr(os, "execv", lambda _, command: submitted.extend(command))
+    flags = ["--task", "sft:train", "--dataset_base_path", tmp_path, "--cache_path", cache, "--lora_base_model", "dit"]
+    assert main(["submit", *map(str, flags), "--model_id_with_origin_paths", model_ids("dit")]) == 0
+    output = capsys.readouterr().out.splitlines()
+    assert str(cache) in output[0]
+    assert output[-1] == "The worker will plan the run"
+    parameters = json.loads(submitted[submitted.index("--params") + 1])
+    assert (parameters["stages"], parameters["config"]["cache_path"]) == (["train"], str(cache))
+    assert not cache.exists()
+
+
 def test_resume_of_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert main(["resume", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no run: ")

@@ -735,12 +735,15 @@ def test_absolute_paths_keep_ids_and_the_models_that_other_parameters_repeat(tmp
             "model_id_with_origin_paths": vae,
             "fp8_models": [vae, "dit/a.safetensors"],
             "quant_options": f'{vae}:bitsandbytes_nf4; dit/a.safetensors:bitsandbytes_fp4/b,c.1;["d"]:bitsandbytes_nf4',
+            "family": "flux",
+            "tokenizer_2_path": "t5",
         },
     ).with_absolute_paths()
     (tmp_path / "brightness").mkdir()
     for template, absolute in (("brightness", str(tmp_path / "brightness")), ("org/brightness:", "org/brightness:")):
         named = {"template_model_id_or_path": template, "dataset_base_path": "photos", **TRUSTED}
         assert load_config(None, named).with_absolute_paths().template_model_id_or_path == absolute
+    assert config.tokenizer_2_path == str(tmp_path / "t5")
     assert config.model_paths == [str(tmp_path / "dit/a.safetensors")]
     assert config.fp8_models == [vae, *config.model_paths]
     assert parse_quant_options(config.quant_options) == [

@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import uuid
@@ -93,6 +96,34 @@ def test_a_stopped_training_has_time_to_save(job, compose):
     assert job["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= GUARD_GRACE_S + 60
     (minutes,) = re.fullmatch(r"(\d+)m", compose["services"]["worker"]["stop_grace_period"]).groups()
     assert int(minutes) * 60 >= GUARD_GRACE_S + 60
+
+
+# Ends at SIGTERM, as Prefect's worker does, and leaves a child in a session of its own that saves after that.
+WORKER = """
+import os, signal, subprocess, sys
+code = (
+    "import os, signal, sys\\nparent = os.getppid()\\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\\n"
+    "print('ready', flush=True)\\nsignal.sigwait({signal.SIGTERM})\\n"
+    "while os.getppid() == parent: pass\\nopen(sys.argv[1], 'w').close()"
+)
+subprocess.Popen([sys.executable, "-c", code, sys.argv[1]], start_new_session=True)
+signal.pause()
+"""
+
+
+def test_a_stopped_worker_container_ends_when_its_training_has_saved(compose, tmp_path):
+    worker = compose["services"]["worker"]
+    assert worker["init"]
+    guard, started = map(shlex.split, worker["command"].split(" -- "))
+    assert started[:3] == ["prefect", "worker", "start"]
+    assert int(guard[guard.index("--grace") + 1]) > GUARD_GRACE_S
+    guard[guard.index("--parent") + 1] = str(os.getpid())
+    command = [sys.executable, *guard[1:], "--", sys.executable, "-c", WORKER, str(tmp_path / "saved")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert (tmp_path / "saved").exists()
 
 
 def test_shared_memory_and_volumes_agree(job, compose):

@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe import fingerprint
+from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import ComponentFiles, EncodeUnit
 from diffsynth_pipe.errors import DataError
 from diffsynth_pipe.fingerprint import (
@@ -20,6 +21,7 @@ from diffsynth_pipe.fingerprint import (
     file_digest,
     json_digest,
     record_key,
+    run_name,
     unit_recipe,
 )
 
@@ -226,3 +228,35 @@ def test_record_key_keeps_inputs_apart():
     keys = [record_key("r", ["a", "b"]), record_key("r", ["b", "a"]), record_key("r", ["ab"]), record_key("ra", ["b"])]
     assert len(set(keys)) == 4
     assert all(len(key) == 32 for key in keys)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_paths": ["other.safetensors"]},
+        {"model_id_with_origin_paths": "other/Model:*.safetensors"},
+        {"tokenizer_path": "tokenizer"},
+        {"lora_checkpoint": "start.safetensors"},
+        {"resume_from_checkpoint": "start.safetensors"},
+        {"dataset_metadata_path": "data/other.csv"},
+        {"lora_rank": 8},
+    ],
+)
+def test_runs_that_read_other_files_or_differ_in_a_parameter_have_other_names(changes):
+    parameters = {"dataset_base_path": "data", "dataset_metadata_path": "data/m.csv", "lora_base_model": "dit"}
+    parameters |= {"model_paths": ["dit.safetensors"], "model_id_with_origin_paths": "a/Model:*.safetensors"}
+    name, other = (
+        run_name(load_config(None, values), ("train",)) for values in (parameters, {**parameters, **changes})
+    )
+    assert name.startswith("qwen_image lora r32 on data, ")
+    assert name != other
+
+
+def test_a_run_has_one_name_wherever_it_is_submitted_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(None, {"dataset_base_path": "data", "model_paths": ["dit.safetensors"], "output_path": "out"})
+    name = run_name(config, ("data_process",))
+    assert run_name(config.model_copy(update={"output_path": "elsewhere", "save_steps": 5}), ("data_process",)) == name
+    absolute = config.with_absolute_paths()
+    monkeypatch.chdir("/")
+    assert run_name(absolute, ("data_process",)) == name

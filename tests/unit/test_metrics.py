@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import struct
 import sys
+from pathlib import Path
 
 import google_crc32c
 import pytest
@@ -139,6 +141,22 @@ def test_a_run_that_starts_over_keeps_the_old_numbers(tmp_path):
     assert tensorboard_values(tmp_path) == pytest.approx(expected(range(3)))
 
 
+def write_to_full_disk(run_dir, file):
+    with Metrics(LOGGED, run_dir, 10, enabled=True) as metrics:
+        (path,) = (path for path in Path("/proc/self/fd").iterdir() if path.resolve() == run_dir / file)
+        device = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(device, int(path.name))
+        os.close(device)
+        metrics.write(1, loss=1.0)
+
+
+@pytest.mark.parametrize(("file", "named"), [("metrics.jsonl", "{}/metrics.jsonl"), ("metrics.csv", "enable_csv_log")])
+def test_a_full_disk_is_one_line_that_names_what_cannot_be_written(tmp_path, file, named):
+    with pytest.raises(LaunchError) as caught:
+        write_to_full_disk(tmp_path, file)
+    assert str(caught.value).startswith(f"{named.format(tmp_path)}: [Errno 28] No space left on device; ")
+
+
 def test_other_ranks_write_nothing(tmp_path, capfd):
     with Metrics(LOGGED, tmp_path, 10, enabled=False) as metrics:
         metrics.write(1, loss=1.0)
@@ -158,6 +176,20 @@ def test_a_tracker_without_its_package_is_refused(name, package, monkeypatch):
         check_packages(config(**{name: True}))
     assert str(caught.value) == f"{name}: needs a package that is not installed; pip install {package}"
     check_packages(config())
+
+
+@pytest.mark.parametrize("package", ["wandb", "swanlab"])
+def test_a_service_without_a_login_is_refused_in_one_line(tmp_path, monkeypatch, package):
+    pytest.importorskip(package)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "SWANLAB_API_KEY", "SWANLAB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # the user's login
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError) as caught:
+        write_steps(tmp_path, [], config=config(**{f"enable_{package}_log": True}))
+    assert str(caught.value).startswith(f"enable_{package}_log: ")
+    assert str(caught.value).endswith(f"; log in with `{package} login`, or set {package.upper()}_MODE=offline")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("variable", ["", "from-environment"])
