@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
-from prefect.states import Cancelling, Scheduled
+from prefect.states import Cancelling
 from small_trainings import LAUNCH_FILES, free_port
 
 from cache_store.verify import verify
@@ -159,10 +159,6 @@ def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(
 
     stops = {"cancel": cancel, "kill_flow": kill_flow, "kill_worker": kill_worker}
 
-    def worker_has_told_all():
-        report = f"prefect.flow_runs.worker - Reported flow run '{run.id}' as crashed"
-        return report in (stack.folder / "worker.log").read_text()
-
     def stop_in(stage, pattern, num_processes, stop):
         held = stage.hold(pattern, num_processes)
         state = stops[stop](guard_of(held[0]))
@@ -173,9 +169,8 @@ def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(
         assert read_run(run_dir) is None
         if stop == "kill_worker":
             stack.restart_worker()
-        if stop == "kill_flow":  # it is reported twice, seconds apart, and the second report would undo the retry
-            stack.wait(worker_has_told_all)
-        stack.client.set_flow_run_state(run.id, Scheduled(), force=True)
+        # As a person does. Prefect's worker may report a killed flow twice, and a later report would undo the retry.
+        stack.cli("flow-run", "retry", run.id)
 
     for stop in in_data_process:
         stop_in(data_process, DATA_PROCESS_MOVES, 1, stop)
