@@ -159,6 +159,13 @@ def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(
 
     stops = {"cancel": cancel, "kill_flow": kill_flow, "kill_worker": kill_worker}
 
+    def tried_again():
+        # Prefect's worker may report a killed flow twice; the second report undoes a retry that came before it.
+        state = stack.client.read_flow_run(run.id).state
+        if state.is_final():
+            stack.cli("flow-run", "retry", run.id)
+        return state.is_running()
+
     def stop_in(stage, pattern, num_processes, stop):
         held = stage.hold(pattern, num_processes)
         state = stops[stop](guard_of(held[0]))
@@ -169,8 +176,7 @@ def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(
         assert read_run(run_dir) is None
         if stop == "kill_worker":
             stack.restart_worker()
-        # As a person does. Prefect's worker may report a killed flow twice, and a later report would undo the retry.
-        stack.cli("flow-run", "retry", run.id)
+        stack.wait(tried_again)
 
     for stop in in_data_process:
         stop_in(data_process, DATA_PROCESS_MOVES, 1, stop)
