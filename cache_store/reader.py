@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 _IOV_MAX = 1024
 _PIECE_BYTES = 1 << 19
-_KEEP_GIL = 0
-"""A piece is checked in some 20 us; to give the interpreter away and to get it back can take longer."""
 _IGNORED = memoryview(bytearray(CHECKSUM_BYTES))
 """Where the checksums between chunks go: an item is checked as a whole, against the digest in the snapshot."""
 _MAX_OPEN_FILES = 256

@@ -469,7 +469,7 @@ class RunConfig(BaseModel):
         " Default: every layer comes by itself.",
     )
 
-    dmd2_student_update_freq: Count = _dmd2(
+    dmd2_student_update_freq: Annotated[int, Field(ge=2)] = _dmd2(
         5, "Optimizer steps of a cycle: the first trains the student, the others the fake score and the discriminator."
     )
     dmd2_student_sample_steps: Count = _dmd2(4, "Steps in which the student samples.")
@@ -807,6 +807,9 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_lora_format(self) -> Self:
+        if self.align_to_opensource_format and not self.lora_base_model:
+            message = "align_to_opensource_format: has no effect without a LoRA; set lora_base_model, or leave it out"
+            raise ValueError(message)
         if self.align_to_opensource_format and self.lora_format == "diffsynth":
             message = (
                 "align_to_opensource_format, lora_format: kohya's names are those of comfyui, not of diffsynth; set one"
@@ -831,6 +834,8 @@ class RunConfig(BaseModel):
             message = "gradient_checkpointing_backend: 'deepspeed' gives a template model no gradient; take torch"
         elif self.task_name == "dmd2":
             message = "template_model_id_or_path: acts on one denoiser, but task dmd2 runs three; leave it out"
+        elif self.enable_model_cpu_offload:
+            message = "enable_model_cpu_offload: is for the denoiser, and a template model runs beside it; leave it out"
         if message:
             raise ValueError(message)
         return self

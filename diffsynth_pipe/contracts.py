@@ -179,7 +179,7 @@ class ComponentFiles:
         companions: Sibling folders that the component needs, by name: ``{"tokenizer": ...}``.
         fp8: Its weights are to be held in float8_e4m3fn: ``fp8_models`` names it.
         quantization: How its weights are to be held if ``quant_options`` names it.
-        code: What describes it in place of ``config.json``, below ``folder``: the Python and JSON files of a template.
+        code: What describes it in place of ``config.json``, below ``folder``: all other files of a template.
     """
 
     weights: tuple[Path, ...]

@@ -150,15 +150,16 @@ def _template_files(config: RunConfig) -> ComponentFiles:
             _download(f"template_model_id_or_path: {text}", model_id, folder, [str(subfolder / "*")])
     if not (folder / "model.py").is_file():
         raise ModelFileMissing(f"template_model_id_or_path: {folder / 'model.py'} does not exist; correct the path")
-    files = sorted(
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = [
         file
-        for file in folder.rglob("*")
-        if file.is_file() and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
-    )
+        for file in files
+        if not any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(folder).parts)
+    ]
     return ComponentFiles(
         weights=tuple(file for file in files if file.suffix == ".safetensors"),
         folder=folder,
-        code=tuple(file for file in files if file.suffix in {".py", ".json"}),
+        code=tuple(file for file in files if file.suffix != ".safetensors"),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import TEMPLATE_COLUMN, TEMPLATE_MODEL, TEMPLATE_PROCESSOR, ComponentSpec, EncodeUnit
-from diffsynth_pipe.errors import DataError, ModelError
+from diffsynth_pipe.errors import DataError, ModelError, PipeError
 from diffsynth_pipe.fingerprint import file_digest
 
 if TYPE_CHECKING:
@@ -126,7 +127,10 @@ def load_template(
         raise ModelError(f"{where} defines no TEMPLATE_MODEL; name its class so")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model = build(**(getattr(code, "TEMPLATE_MODEL_CONFIG", None) or {}))
+        try:
+            model = build(**(getattr(code, "TEMPLATE_MODEL_CONFIG", None) or {}))
+        except TypeError as error:
+            raise ModelError(f"{where}: TEMPLATE_MODEL does not take its TEMPLATE_MODEL_CONFIG ({error})") from error
     if not isinstance(model, torch.nn.Module) or not callable(getattr(model, "process_inputs", None)):
         raise ModelError(f"{where}: TEMPLATE_MODEL must be a torch module with a method process_inputs")
     if paths := getattr(code, "TEMPLATE_MODEL_PATH", None):
@@ -148,6 +152,8 @@ def _run(path: Path) -> Any:
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ModelError(f"template_model_id_or_path: {path} is no Python ({error}); copy it again") from error
     except ImportError as error:
         raise ModelError(
             f"template_model_id_or_path: {path} imports what is not here ({error}); install it, or take it out"
@@ -218,8 +224,14 @@ def encode_template_inputs(components: Components, inputs: Mapping[str, Any]) ->
             values = template.data_processor(**values)
         with torch.no_grad():
             packed = pack(template.model.process_inputs(pipe=template.pipe, **values))  # type: ignore[operator]
+    except PipeError:
+        raise
     except OSError as error:
         raise DataError(f"{TEMPLATE_COLUMN}: {error}; name files as from the working directory") from error
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{TEMPLATE_COLUMN}: the model does not take the cell ({type(error).__name__}: {error}); correct it"
+        ) from error
     return {TEMPLATE_COLUMN: torch.from_numpy(np.frombuffer(packed, np.uint8).copy())[:, None]}
 
 
@@ -240,7 +252,7 @@ def pack(values: Mapping[str, Any]) -> bytes:
     """Return nested dicts and lists of tensors and JSON values as the bytes of a safetensors file, the same each time.
 
     Raises:
-        DataError: A value is of another kind, or a tensor holds NaN or Inf.
+        DataError: A value is of another kind, or NaN or Inf.
     """
     import safetensors.torch
     import torch
@@ -253,7 +265,9 @@ def pack(values: Mapping[str, Any]) -> bytes:
                 raise DataError(f"{TEMPLATE_COLUMN}: process_inputs returned a NaN or Inf")
             tensors[name := str(len(tensors))] = value.detach().cpu().contiguous().clone()
             return {"tensor": name}
-        if isinstance(value, dict):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DataError(f"{TEMPLATE_COLUMN}: process_inputs returned a NaN or Inf")
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
             return {"dict": {key: describe(item) for key, item in value.items()}}
         if isinstance(value, (list, tuple)):
             return {"list": [describe(item) for item in value]}

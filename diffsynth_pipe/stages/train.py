@@ -305,10 +305,14 @@ def _warn_of_other_expert(family: ModelFamily, config: RunConfig, files: Compone
     ratio = json.loads(index.read_text(encoding="utf-8")).get("boundary_ratio") if index.is_file() else None
     if ratio is None:
         return
-    low, high = SigmaDistribution(family.schedule, config).bounds
     is_low_expert = files.folder.name in family.components["dit"].other_subfolders
-    if high >= ratio if is_low_expert else low < ratio:
+    if config.task_name == "dmd2":
+        low, high = config.dmd2_matching_t_min, config.dmd2_matching_t_max
+        flag = "dmd2_matching_t_max" if is_low_expert else "dmd2_matching_t_min"
+    else:
+        low, high = SigmaDistribution(family.schedule, config).bounds
         flag = "min_timestep_boundary" if is_low_expert else "max_timestep_boundary"
+    if high >= ratio if is_low_expert else low < ratio:
         logger.warning(
             "%s is trained at sigma %.3g to %.3g, but takes %s than %g in inference (boundary_ratio); set %s",
             *(files.folder.name, low, high, "less" if is_low_expert else "no less", ratio, flag),
@@ -479,16 +483,18 @@ def _make_trainable(
 
 
 def _unfreeze(module: Module, starts: tuple[str, ...], name: str) -> None:
-    """Let the parameters whose names start so be trained.
+    """Let the parameters be trained whose names start so, or are this without the dot at the end.
 
     Raises:
         ConfigError: There are none.
     """
-    names = [parameter_name for parameter_name, _ in module.named_parameters()]
-    if idle := [start for start in starts if not any(parameter_name.startswith(start) for parameter_name in names)]:
+    parameters = dict(module.named_parameters())
+    chosen = {start: [key for key in parameters if f"{key}.".startswith(start)] for start in starts}
+    if idle := [start for start, keys in chosen.items() if not keys]:
         raise ConfigError(f"trainable_models: the {name} has no parameters {idle[0]}*; correct the name")
-    for parameter_name, parameter in module.named_parameters():
-        parameter.requires_grad_(parameter_name.startswith(starts))
+    trained = {key for keys in chosen.values() for key in keys}
+    for key, parameter in parameters.items():
+        parameter.requires_grad_(key in trained)
 
 
 def _first_loss(

@@ -192,7 +192,8 @@ class Loop:
                     save |= validation is not None and stopping.update(step, validation.loss)
                 if save or stopping.should_stop:
                     metrics.write(step, loss_by_noise_decile=self._loss_by_decile.take())
-                    saved = self._save(step)
+                    with self._rank_0_needed(signals):
+                        saved = self._save(step)
                 if stop and step < self._num_steps and not stopping.should_stop:
                     self._leave_together(signals)
                     raise TrainingStopped(step, signals.received)
@@ -201,8 +202,10 @@ class Loop:
                     f"stopped at step {step} of {self._num_steps}: no better validation since {stopping.best_step}"
                 )
             # Both are missing where a run was killed between its last checkpoint and its end.
-            validation = validation or self._validate(step, metrics)
-            saved = saved or self._save(step)
+            with signals.peers_needed():
+                validation = validation or self._validate(step, metrics)
+            with self._rank_0_needed(signals):
+                saved = saved or self._save(step)
             self._leave_together(signals)
         return TrainResult(
             num_steps=step,
@@ -266,8 +269,12 @@ class Loop:
 
     def _leave_together(self, signals: StopSignals) -> None:
         """Let no rank end before rank 0 has saved: rank 0 would take it for one that died."""
-        with contextlib.nullcontext() if self._accelerator.is_main_process else signals.peers_needed():
+        with self._rank_0_needed(signals):
             self._accelerator.wait_for_everyone()
+
+    def _rank_0_needed(self, signals: StopSignals) -> contextlib.AbstractContextManager[None]:
+        """Mark code in which the others wait for rank 0, while it still writes what would be lost without it."""
+        return contextlib.nullcontext() if self._accelerator.is_main_process else signals.peers_needed()
 
     def _plans(self, first_step: int) -> Iterator[BatchPlan]:
         """Yield this rank's micro-batches from this step on, counted from 0."""

@@ -106,13 +106,22 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        with contextlib.suppress(Exception) if error else contextlib.nullcontext():  # a second error hides the first
-            if self._file:
-                with disk_errors(self._file.name):
-                    self._file.close()
+        hiding = contextlib.suppress(Exception) if error else contextlib.nullcontext()  # a second error hides the first
+        with hiding, contextlib.ExitStack() as closing:
             for tracker in self._trackers:
-                with failures_named(tracker.flag, LaunchError, "run the same command again, or without it"):
-                    tracker.close()
+                closing.callback(self._close_tracker, tracker)
+            if self._file:
+                closing.callback(self._close_file, self._file)
+
+    @staticmethod
+    def _close_tracker(tracker: Tracker) -> None:
+        with failures_named(tracker.flag, LaunchError, "run the same command again, or without it"):
+            tracker.close()
+
+    @staticmethod
+    def _close_file(file: TextIO) -> None:
+        with disk_errors(file.name):
+            file.close()
 
 
 class LossByDecile:

@@ -198,7 +198,8 @@ def drop_states(run_dir: Path) -> None:
     A run directory that another process is at is left alone.
     """
     if resumable(run_dir):
-        with contextlib.suppress(RunDirBusy), only_training(run_dir):
+        # On a disk that this user may only read, they stay.
+        with contextlib.suppress(RunDirBusy, OSError), only_training(run_dir):
             for checkpoint in resumable(run_dir):
                 _delete(checkpoint.state_folder, run_dir)
 

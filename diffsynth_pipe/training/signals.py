@@ -62,8 +62,10 @@ class StopSignals:
     def peers_needed(self) -> Iterator[None]:
         """Mark code that waits for the other ranks; elsewhere one that has ended may have finished before this one."""
         self._needed.set()
-        yield
-        self._needed.clear()
+        try:
+            yield
+        finally:
+            self._needed.clear()
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = self.received or number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,11 +60,15 @@ class TemplateInjection:
             raise ModelError(f"{PARAMETER}: the model yields a LoRA; set enable_lora_hot_loading")
 
     def _outputs(self, batch: Batch) -> list[dict[str, Any]]:
-        """Return what each sample gets; equal inputs share one object, as those of a validation's noise levels."""
+        """Return what each sample gets; in a validation the noise levels of a sample share one object.
+
+        In training each sample has a call of its own: ranks that call a partitioned model unequally often would wait
+        for each other for ever.
+        """
         field, lengths = batch.fields[TEMPLATE_COLUMN], batch.lengths[TEMPLATE_COLUMN].tolist()
         packed = [item[:length].tobytes() for item, length in zip(field.cpu().numpy(), lengths, strict=True)]
-        made = {item: self._template.outputs(item, field.device, **self._arguments) for item in dict.fromkeys(packed)}
-        return [made[item] for item in packed]
+        make = partial(self._template.outputs, device=field.device, **self._arguments)
+        return [make(item) for item in packed] if torch.is_grad_enabled() else list(map(cache(make), packed))
 
 
 def stack_kv_caches(

@@ -291,6 +291,7 @@ def test_two_ranks_of_zero3_train_as_one_does(kv_config, zero3, tmp_path):
             {"gradient_checkpointing_backend": "deepspeed", "use_gradient_checkpointing": True},
             "gradient_checkpointing_backend: 'deepspeed' gives a template model no gradient",
         ),
+        ({"enable_model_cpu_offload": True}, "enable_model_cpu_offload: is for the denoiser"),
         ({"template_model_id_or_path": "nowhere"}, "template_model_id_or_path: 'nowhere' is neither a folder nor"),
         ({"template_model_id_or_path": "some/model:"}, "template_model_id_or_path: some/model:: is not here; put it"),
         ({"family": "flux"}, "extra_inputs: task 'sft:train' of family 'flux' reads no column template_inputs"),

@@ -267,6 +267,7 @@ LOGIT_NORMAL = {"timestep_sampling": "logit_normal"}
 DMD2 = {"task": "dmd2"}
 TRUSTED = {"trust_remote_code": "true", "extra_inputs": "template_inputs"}
 PARTNER = {
+    "align_to_opensource_format": {"lora_base_model": "dit"},
     "audio_processor_path": {"family": "wan"},
     "height": {"width": "384"},
     "width": {"height": "512"},
@@ -410,6 +411,7 @@ def test_both_stages_in_one_command_train_the_same_weights_as_two_commands():
     ("name", "value"),
     [
         ("dataset_repeat", "0"),
+        ("dmd2_student_update_freq", "1"),
         ("dataset_num_workers", "-1"),
         ("learning_rate", "0"),
         ("learning_rate", "nan"),

@@ -239,6 +239,7 @@ def test_record_key_keeps_inputs_apart():
         {"lora_checkpoint": "start.safetensors"},
         {"resume_from_checkpoint": "start.safetensors"},
         {"dataset_metadata_path": "data/other.csv"},
+        {"quant_options": "dit.safetensors:bitsandbytes_nf4"},
         {"lora_rank": 8},
     ],
 )

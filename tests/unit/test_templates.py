@@ -287,6 +287,9 @@ def test_what_is_prepared_comes_back_as_it_was(tmp_path):
     [
         ("return {'value': object()}", DataError, "process_inputs returned a object, which cannot be stored"),
         ("return {'value': torch.tensor(float('nan'))}", DataError, "process_inputs returned a NaN or Inf"),
+        ("return {'value': float('inf')}", DataError, "process_inputs returned a NaN or Inf"),
+        ("return {'value': {0: 1}}", DataError, "process_inputs returned a dict, which cannot be stored"),
+        ("return {'value': {}['scale']}", DataError, r"does not take the cell \(KeyError: 'scale'\); correct it"),
         ("open('/nowhere')", DataError, r"\[Errno 2\] No such file.*; name files as from the working directory"),
         ("pipe.vae", ModelError, "asks for pipe.vae, but only pipe.device and pipe.torch_dtype are there"),
     ],
