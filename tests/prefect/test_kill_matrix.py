@@ -123,12 +123,10 @@ def parameters(run_parameters, tmp_path):
     }
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(
     ("in_data_process", "in_train"),
-    [
-        (["cancel", "kill_flow", "kill_worker"], []),
-        pytest.param(["cancel"], ["cancel", "kill_flow", "kill_worker"], marks=pytest.mark.torture),
-    ],
+    [(["cancel", "kill_flow", "kill_worker"], []), (["cancel"], ["cancel", "kill_flow", "kill_worker"])],
 )
 def test_a_run_that_is_stopped_everywhere_ends_as_if_left_alone(
     stack, parameters, run_config, tmp_path, in_data_process, in_train
