@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import signal
 import sys
@@ -18,8 +17,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the stage that ``--task`` names; return the exit code."""
     # torch warns of its own c10d internals once per collective.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # peft imports bitsandbytes wherever it is installed, which then warns of a kernel that only its 4 bits would use.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     rank = os.environ.get("RANK", "0")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         stop_with_parent()  # torchrun gives each rank a session of its own, where it would outlive a killed launcher
