@@ -247,6 +247,10 @@ def test_settings_of_a_run():
             {"align_to_opensource_format": True, "lora_format": "diffsynth"},
             "align_to_opensource_format, lora_format: kohya's names are those of comfyui, not of diffsynth; set one",
         ),
+        (
+            {"align_to_opensource_format": True, "lora_base_model": None, "trainable_models": "dit"},
+            "align_to_opensource_format: has no effect without a LoRA; set lora_base_model, or leave it out",
+        ),
         ({"lora_dropout": 1}, "lora_dropout: must be less than 1, got 1"),
         ({"lora_alpha": 0}, "lora_alpha: must be greater than 0, got 0"),
         ({"lora_format": "kohya"}, "lora_format: must be 'diffusers', 'diffsynth' or 'comfyui', got 'kohya'"),
@@ -255,6 +259,6 @@ def test_settings_of_a_run():
 )
 def test_contradictions_are_one_line(values, message):
     with pytest.raises(ConfigError) as caught:
-        load_config(None, {"dataset_base_path": "data"} | values)
+        load_config(None, {"dataset_base_path": "data", "lora_base_model": "dit"} | values)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
