@@ -1,5 +1,6 @@
 """The deployments on a real server and worker, as a person uses them."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -147,7 +148,8 @@ def test_a_run_whose_machine_vanished_is_crashed_and_can_be_retried(stack, autom
     server = {stack.server.pid, *(child.pid for child in psutil.Process(stack.server.pid).children(recursive=True))}
     for process in stack.processes():
         if process.pid not in server:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     stack.worker.wait(60)
     assert stack.wait_for_state(run.id).state_name == "Crashed"
 
