@@ -8,6 +8,7 @@ Whatever is true of its ratios to the other ways is out of our reader's reach on
 """
 
 import itertools
+import math
 import os
 import statistics
 import tempfile
@@ -26,7 +27,7 @@ from awscrt.checksums import crc32c
 
 from cache_store.backends import backend_names, load_backend
 from cache_store.contract import CHECKSUM_BYTES, FieldSpec, Placement
-from cache_store.reader import BatchReader, Prefetcher
+from cache_store.reader import BatchReader, Prefetcher, whole_pages
 from cache_store.store import Cache, SealedSample
 
 LATENTS = FieldSpec(name="latents", dtype="bfloat16", dims=("channel", "frame", "height", "width"))
@@ -114,8 +115,7 @@ def check(batches, data, *, is_padded):
 def ways_to_read(root, data):
     """Store the data in all forms; return the ways: from batches of sample numbers to (numbers, latents, text)."""
     longest = max(len(text) for _, text in data)
-    latents_buffers = {shape: np.zeros((BATCH_SIZE, *shape), np.uint16) for shape in NUM_SAMPLES_OF_SHAPE}
-    text_buffer = np.zeros((BATCH_SIZE, longest, TEXT_CHANNELS), np.uint16)
+    latents_buffers, text_buffer = batch_buffers(longest)
 
     def collated(samples):
         """Copy (number, latents, text) into the buffers, batch by batch; text is padded to the longest of its batch."""
@@ -160,6 +160,16 @@ def ways_to_read(root, data):
     return ways
 
 
+def batch_buffers(longest):
+    """Return memory for the latents of a batch by their shape, and for its text."""
+
+    def memory(*shape):
+        return whole_pages(2 * math.prod(shape)).view(np.uint16).reshape(shape)
+
+    latents = {shape: memory(BATCH_SIZE, *shape) for shape in NUM_SAMPLES_OF_SHAPE}
+    return latents, memory(BATCH_SIZE, longest, TEXT_CHANNELS)
+
+
 def speed_of_light(snapshot, data):
     """Return ways that make the requests of our reader into reused buffers: by this thread, and by two ahead of it."""
     num_sets = 4  # three in flight, and the one that is looked at
@@ -179,8 +189,7 @@ def speed_of_light(snapshot, data):
         return fds[place.array], views, load_backend(snapshot.backend).offset(layout, place.start)
 
     def buffer_set():
-        latents = {shape: np.empty((BATCH_SIZE, *shape), np.uint16) for shape in NUM_SAMPLES_OF_SHAPE}
-        text = np.empty((BATCH_SIZE, longest, TEXT_CHANNELS), np.uint16)
+        latents, text = batch_buffers(longest)
         requests = {
             (number, slot): [
                 request(places[0][number], latents[item.shape][slot]),
