@@ -36,7 +36,7 @@ deploy: $(INSTALLED)  ## Register the flow with the Prefect server in PREFECT_AP
 	$(BIN)/python -m flows.automations
 
 test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)  ## Check format, style, types and import layers
 	$(BIN)/ruff format --check .
