@@ -32,7 +32,7 @@ def load_offloaded(model_class: Any, files: ComponentFiles, dtype: dtype, device
     Raises:
         ModelError: The files are not the weights of the model that ``config.json`` describes.
     """
-    from accelerate.hooks import attach_align_device_hook
+    from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
     from accelerate.utils import OffloadedWeightsLoader
 
     is_diffusers = hasattr(model_class, "load_config")
@@ -40,6 +40,7 @@ def load_offloaded(model_class: Any, files: ComponentFiles, dtype: dtype, device
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name not in places:
             raise ModelError(f"{files.folder}: the weights lack {name!r}; download the model again")
+    remove_hook_from_submodules(model)  # those of transformers would compute on the CPU
     weights = OffloadedWeightsLoader(index=places, device=str(device))
     attach_align_device_hook(model, execution_device=str(device), offload=True, weights_map=weights)
     own_class = type(model)
@@ -59,15 +60,11 @@ def _diffusers_model(model_class: Any, files: ComponentFiles, dtype: dtype) -> t
 
 def _transformers_model(model_class: Any, files: ComponentFiles, dtype: dtype) -> tuple[Any, Mapping[str, Any]]:
     """Return an empty model, and where each of its parameters lies: under another name or shared, as they load it."""
-    from accelerate.hooks import remove_hook_from_submodules
-
     model = model_class.from_pretrained(
         files.folder, dtype=dtype, device_map={"": "disk"}, use_safetensors=True, local_files_only=True
     )
     first, _ = next(model.named_parameters())
-    places = model.get_submodule(first.rpartition(".")[0])._hf_hook.weights_map.dataset.index
-    remove_hook_from_submodules(model)  # these would compute on the CPU
-    return model, places
+    return model, model.get_submodule(first.rpartition(".")[0])._hf_hook.weights_map.dataset.index
 
 
 def build_empty(build: Callable[[Path], Module], folder: Path, dtype: dtype) -> Module:
