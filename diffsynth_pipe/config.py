@@ -167,9 +167,9 @@ class RunConfig(BaseModel):
         "model loading",
         "nothing",
         None,
-        "Entries of these two parameters, as for fp8_models: encoders whose weights stay in their files and are read layer"
-        " by layer for every sample. Slow: for those that memory does not hold. Without effect where a stage does not run"
-        " them; those of the training step are refused.",
+        "Entries of these two parameters, as for fp8_models: encoders whose weights stay in their files and are read"
+        " layer by layer for every sample. Slow: for those that memory does not hold. Without effect in a stage that does"
+        " not run them; models of the training step are refused.",
     )
     resume_from_checkpoint: str | None = _setting(
         "model loading",

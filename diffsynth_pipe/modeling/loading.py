@@ -23,7 +23,7 @@ def load_denoiser(model_class: Any, files: ComponentFiles, dtype: dtype, device:
 
 
 def load_encoder(model_class: Any, files: ComponentFiles, dtype: dtype, device: device) -> Any:
-    """Load a model in eval mode, frozen; its weights are left on the disk, held in FP8 or quantised as ``files`` says."""
+    """Load a model in eval mode, frozen; its weights are left on disk, held in FP8 or quantised as ``files`` says."""
     import torch
 
     if files.offload:

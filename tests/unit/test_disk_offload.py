@@ -13,6 +13,8 @@ from diffsynth_pipe.modeling.loading import load_encoder
 
 CPU = torch.device("cpu")
 MEBI = 1 << 20
+
+
 def qwen3(num_layers, hidden_size):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
