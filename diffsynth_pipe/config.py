@@ -168,8 +168,8 @@ class RunConfig(BaseModel):
         "nothing",
         None,
         "Entries of these two parameters, as for fp8_models: encoders whose weights stay in their files and are read"
-        " layer by layer for every sample. Slow: for those that memory does not hold. Without effect in a stage that does"
-        " not run them; models of the training step are refused.",
+        " layer by layer for every sample. Slow: for those that memory does not hold. Without effect in a stage that"
+        " does not run them; models of the training step are refused.",
     )
     resume_from_checkpoint: str | None = _setting(
         "model loading",

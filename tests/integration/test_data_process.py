@@ -323,9 +323,10 @@ def test_encoders_with_their_weights_on_the_disk_make_the_same_records_under_the
     assert_same(read_all(offloaded.cache_dir), read_all(plain.cache_dir))
 
 
-def test_an_offloaded_model_of_the_training_step_is_refused(run_config, model_ids):
-    config = run_config(offload_models=model_ids("dit"))
+@pytest.mark.parametrize(("name", "trained"), [("dit", {}), ("text_encoder", {"trainable_models": "text_encoder"})])
+def test_an_offloaded_model_of_the_training_step_is_refused(run_config, model_ids, name, trained):
+    config = run_config(offload_models=model_ids(name), **trained)
     data_process(config)  # which does not load it
-    with pytest.raises(ConfigError, match=r"^offload_models: names the dit, whose weights training needs") as error:
+    with pytest.raises(ConfigError, match=rf"^offload_models: names the {name}, whose weights training needs") as error:
         plan(config)
     assert "\n" not in str(error.value)
