@@ -167,8 +167,9 @@ class RunConfig(BaseModel):
         "model loading",
         "nothing",
         None,
-        "Entries of these two parameters, as for fp8_models: models that the reference builds without weights. Checked,"
-        " and no more: here a stage never loads a model that it does not run.",
+        "Entries of these two parameters, as for fp8_models: encoders whose weights stay in their files and are read"
+        " layer by layer for every sample. Slow: for those that memory does not hold. Without effect in a stage that"
+        " does not run them; models of the training step are refused.",
     )
     resume_from_checkpoint: str | None = _setting(
         "model loading",

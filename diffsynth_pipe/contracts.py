@@ -179,6 +179,7 @@ class ComponentFiles:
         companions: Sibling folders that the component needs, by name: ``{"tokenizer": ...}``.
         fp8: Its weights are to be held in float8_e4m3fn: ``fp8_models`` names it.
         quantization: How its weights are to be held if ``quant_options`` names it.
+        offload: Its weights are to stay in their files until a layer runs: ``offload_models`` names it.
         code: What describes it in place of ``config.json``, below ``folder``: all other files of a template.
     """
 
@@ -187,6 +188,7 @@ class ComponentFiles:
     companions: Mapping[str, Path] = field(default_factory=dict)
     fp8: bool = False
     quantization: Quantization | None = None
+    offload: bool = False
     code: tuple[Path, ...] = ()
 
 

@@ -92,8 +92,12 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
             raise ConfigError(f"{parameter}: no component of the family takes a {companion}; leave it out")
     all_entries = _entries(config)
     fp8_entries = _repeated("fp8_models", config.fp8_models, all_entries)
-    _repeated("offload_models", config.offload_models, all_entries)
     quantizations = _quantizations(config, all_entries, fp8_entries)
+    offload_entries = _repeated("offload_models", config.offload_models, all_entries)
+    for entry in offload_entries:
+        if entry in fp8_entries or entry.text in quantizations:
+            other = "fp8_models" if entry in fp8_entries else "quant_options"
+            raise ConfigError(f"offload_models: {entry.text!r} is named by {other} already; name it once")
     audio_processor = config.audio_processor_path
     if audio_processor is not None and not Path(audio_processor, "preprocessor_config.json").is_file():
         raise ConfigError(
@@ -126,7 +130,12 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
             texts = " and ".join(repr(entry.text) for entry in entries)
             raise ModelError(f"{len(entries)} model entries name the {name}: {texts}; keep one, its shards in one list")
         files = _component_files(_locate(entries[0]), spec, config)
-        found[name] = replace(files, fp8=entries[0] in fp8_entries, quantization=quantizations.get(entries[0].text))
+        found[name] = replace(
+            files,
+            fp8=entries[0] in fp8_entries,
+            quantization=quantizations.get(entries[0].text),
+            offload=entries[0] in offload_entries,
+        )
     if "dit" in found:
         _check_pipeline(found["dit"].folder.parent / "model_index.json", family, config)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from diffsynth_pipe.modeling.disk_offload import load_offloaded
 from diffsynth_pipe.modeling.quantization import quantize
 
 if TYPE_CHECKING:
@@ -22,9 +23,11 @@ def load_denoiser(model_class: Any, files: ComponentFiles, dtype: dtype, device:
 
 
 def load_encoder(model_class: Any, files: ComponentFiles, dtype: dtype, device: device) -> Any:
-    """Load a model in eval mode, frozen; its weights are held in FP8 or quantised as ``files`` says."""
+    """Load a model in eval mode, frozen; its weights are left on disk, held in FP8 or quantised as ``files`` says."""
     import torch
 
+    if files.offload:
+        return load_offloaded(model_class, files, dtype, device)
     # Quantised on the way to the device, which never holds the whole model.
     model = load_denoiser(model_class, files, dtype, torch.device("cpu") if files.quantization else device)
     if files.fp8:

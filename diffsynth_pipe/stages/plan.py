@@ -178,11 +178,21 @@ def _enabled_units(config: RunConfig, units: Sequence[EncodeUnit]) -> list[Encod
     return [unit for unit in units if unit.enabled_by is None or unit.enabled_by in named]
 
 
-def models_after_cut(config: RunConfig, family: ModelFamily) -> list[str]:
-    """Return the components that a training step runs: the denoiser, its template model, and those of live units."""
+def files_after_cut(config: RunConfig, family: ModelFamily) -> dict[str, ComponentFiles]:
+    """Find the components that a training step runs: the denoiser, its template model, and those of live units.
+
+    Raises:
+        ModelError, ConfigError: As ``resolve_components``; or ``offload_models`` names one of them.
+    """
     live = {unit.component for unit in plan_cut(config, family).live if unit.component}
     template = set() if config.template_model_id_or_path is None else {TEMPLATE_MODEL}
-    return sorted({"dit"} | template | live)
+    files = resolve_components(config, family, sorted({"dit"} | template | live))
+    if offloaded := [name for name, component in files.items() if component.offload]:
+        raise ConfigError(
+            f"offload_models: names the {offloaded[0]}, whose weights training needs in its backward pass too; leave it"
+            " out (deploy/accelerate/zero3_nvme_offload.yaml trains with weights on a disk)"
+        )
+    return files
 
 
 def check_switches(config: RunConfig, family: ModelFamily) -> None:
@@ -339,7 +349,7 @@ def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
     check_switches(config, family)
     if data_digest is None:
         data_digest = latest_snapshot(config).header["digest"]
-    base = resolve_components(config, family, models_after_cut(config, family))
+    base = files_after_cut(config, family)
     key = json_digest(
         {
             "version": TRAIN_VERSION,

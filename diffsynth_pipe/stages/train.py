@@ -19,17 +19,16 @@ from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, TEMPLATE_MODEL, load_family, load_task, module_of
 from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError
 from diffsynth_pipe.fingerprint import component_digest, json_digest
-from diffsynth_pipe.hub import resolve_components
 from diffsynth_pipe.stages.plan import (
     STATE_OF_VERDICT,
     StageResult,
     caption_fields,
     check_empty_caption,
+    files_after_cut,
     initial_weights,
     latest_snapshot,
     lora_file_digests,
     model_of,
-    models_after_cut,
     plan_cut,
     plan_encoding,
     plan_train,
@@ -77,7 +76,7 @@ def train(config: RunConfig) -> StageResult:
     check_packages(config)
     family = load_family(config.family)
     split = plan_cut(config, family)
-    files = resolve_components(config, family, models_after_cut(config, family))
+    files = files_after_cut(config, family)
     source = _cached_source(config, family, split, files) if config.stage == "train" else _live_source(config)
     return _train(config, family, split, files, source)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module, Parameter
 
-from diffsynth_pipe.errors import ModelError
+from diffsynth_pipe.modeling.disk_offload import build_empty, stored_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import device, dtype
@@ -43,39 +42,21 @@ def load_partitioned(
     Raises:
         ModelError: The files are not the weights of the model that ``config.json`` describes.
     """
-    from accelerate import init_empty_weights
-    from safetensors import safe_open
-
-    with _default_dtype(dtype), init_empty_weights(include_buffers=False):
-        model = build(files.folder)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    buffers = dict(model.named_buffers())
+    model = build_empty(build, files.folder, dtype)
     partition = _Partition(dtype, deepspeed_settings)
     is_reader = torch.distributed.get_rank() == 0
     # One for all: a new one each would be freed between the partitions, and the C library would keep the gaps.
-    buffer = torch.empty(max(shape.numel() for shape in shapes.values()), dtype=dtype, device=device)
-    for path in files.weights:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                if name in buffers:
-                    buffers[name].copy_(file.get_tensor(name))
-                    continue
-                shape, found = shapes.pop(name, None), torch.Size(file.get_slice(name).get_shape())
-                if shape != found:
-                    expected = "does not exist" if shape is None else f"has shape {list(shape)}"
-                    raise ModelError(
-                        f"{path}: {name!r} has shape {list(found)}, but {expected} in the {type(model).__name__} of "
-                        "config.json; download the model again"
-                    )
-                whole = buffer[: found.numel()].view(found)
-                if is_reader:
-                    whole.copy_(file.get_tensor(name))
-                parameter = Parameter(whole, requires_grad=False)
-                partition(parameter)
-                prefix, _, short = name.rpartition(".")
-                setattr(model.get_submodule(prefix), short, parameter)
-    if shapes:
-        raise ModelError(f"{files.folder}: the weights lack {next(iter(shapes))!r}; download the model again")
+    buffer = torch.empty(max(parameter.numel() for parameter in model.parameters()), dtype=dtype, device=device)
+    for _, file, name in stored_parameters(model, files):
+        prefix, _, short = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        shape = module.get_parameter(short).shape
+        whole = buffer[: shape.numel()].view(shape)
+        if is_reader:
+            whole.copy_(file.get_tensor(name))
+        parameter = Parameter(whole, requires_grad=False)
+        partition(parameter)
+        setattr(module, short, parameter)
     return model
 
 
@@ -100,13 +81,3 @@ class _Partition:
         else:
             # What deepspeed.initialize calls for the parameters that it finds unpartitioned in a partitioned model.
             self._first.convert_to_zero_parameters(param_list=[parameter])
-
-
-@contextmanager
-def _default_dtype(dtype: dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -173,6 +173,32 @@ def test_components_load_frozen_in_eval_mode_and_in_the_asked_dtype(tiny):
             assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def parameter_dtypes(module):
+    """Return the dtypes of parameters by name; ones that are shared stand under each of theirs."""
+    return {name: parameter.dtype for name, parameter in module.named_parameters(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_encoders_with_their_weights_on_the_disk_encode_to_the_same_bits(tiny, dtype):
+    offloaded, plain = {}, {}
+    for name in {unit.component for unit in units_of(tiny.family.units) if unit.component}:
+        files, spec = component_files(tiny.family, tiny.repo, name), tiny.family.components[name]
+        offloaded[name] = spec.load(dataclasses.replace(files, offload=True), dtype, CPU)
+        plain[name] = tiny.components[name] if dtype is torch.float32 else spec.load(files, dtype, CPU)
+    for seed in range(2):
+        found, expected = (encode(tiny.family, parts, seed) for parts in (offloaded, plain))
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        for name, component in offloaded.items():
+            for module, other in zip(modules_of(component), modules_of(plain[name]), strict=True):
+                assert {parameter.device.type for parameter in module.parameters()} == {"meta"}, name
+                assert not any(part.training for part in module.modules())
+                assert parameter_dtypes(module) == parameter_dtypes(other), name
+                assert not any(parameter.requires_grad for parameter in module.parameters())
+                buffers = dict(other.named_buffers())
+                assert all(torch.equal(buffer, buffers.pop(path)) for path, buffer in module.named_buffers()), name
+                assert not buffers, name
+
+
 def test_encoders_in_fp8_encode_as_weights_that_were_rounded(tiny):
     held, rounded = {}, {}
     for name in {unit.component for unit in units_of(tiny.family.units) if unit.component}:

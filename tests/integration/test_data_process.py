@@ -16,8 +16,10 @@ from cache_store.journal import read_notes
 from cache_store.reader import BatchReader
 from cache_store.store import Cache
 from diffsynth_pipe.data.images import ImageInput
+from diffsynth_pipe.errors import ConfigError
+from diffsynth_pipe.modeling.disk_offload import load_offloaded
 from diffsynth_pipe.stages.data_process import data_process
-from diffsynth_pipe.stages.plan import plan_data_process
+from diffsynth_pipe.stages.plan import plan, plan_data_process
 
 SEVERAL_COMMITS = 3
 EMPTY_CAPTION = 1
@@ -298,3 +300,33 @@ def test_an_encoder_held_in_fewer_bits_makes_records_of_its_own_and_leaves_the_o
     assert result.summary["encoded"] == {"text": encoded["text"]}
     assert data_process(run_config()).summary["encoded"] == {}
     assert data_process(held).summary["encoded"] == {}
+
+
+def test_encoders_with_their_weights_on_the_disk_make_the_same_records_under_the_same_keys(
+    run_config, model_ids, tmp_path, monkeypatch
+):
+    plain = run_config()
+    data_process(plain)
+    built = []
+
+    def watched(*args):
+        built.append(load_offloaded(*args))
+        return built[-1]
+
+    monkeypatch.setattr("diffsynth_pipe.modeling.loading.load_offloaded", watched)
+    offload = {"offload_models": model_ids("text_encoder", "vae")}
+    assert plan_data_process(run_config(**offload)).verdict == "hit"
+    offloaded = run_config(**offload, cache_path=str(tmp_path / "offloaded"))
+    data_process(offloaded)
+    assert [type(model).__name__ for model in built] == ["Qwen2_5_VLForConditionalGeneration", "AutoencoderKLQwenImage"]
+    assert {parameter.device.type for model in built for parameter in model.parameters()} == {"meta"}
+    assert_same(read_all(offloaded.cache_dir), read_all(plain.cache_dir))
+
+
+@pytest.mark.parametrize(("name", "trained"), [("dit", {}), ("text_encoder", {"trainable_models": "text_encoder"})])
+def test_an_offloaded_model_of_the_training_step_is_refused(run_config, model_ids, name, trained):
+    config = run_config(offload_models=model_ids(name), **trained)
+    data_process(config)  # which does not load it
+    with pytest.raises(ConfigError, match=rf"^offload_models: names the {name}, whose weights training needs") as error:
+        plan(config)
+    assert "\n" not in str(error.value)

@@ -175,16 +175,25 @@ def test_both_ways_can_be_mixed_and_an_existing_path_wins(repo):
     assert resolve("vae", model_id_with_origin_paths=str(file))["vae"].weights == (file,)
 
 
-def test_offload_models_names_model_entries_and_changes_nothing(repo):
+def test_offload_models_repeats_entries_and_leaves_digests_alone(repo):
     first, second, _ = BY_ID.split(",")
     shards = [f"models/org/model/transformer/{shard}" for shard in SHARDS]
-    models = {"model_paths": [shards], "model_id_with_origin_paths": second}
-    found = resolve("dit", "text_encoder", offload_models=json.dumps([shards, second]), **models)
-    assert found == resolve("dit", "text_encoder", **models)
+    models = {"model_paths": [shards], "model_id_with_origin_paths": f"{second},{VAE_ID}"}
+    found = resolve(*FAMILY.components, offload_models=json.dumps([shards, second]), **models)
+    assert {name: files.offload for name, files in found.items()} == {"text_encoder": True, "vae": False, "dit": True}
+    assert component_digest(found["dit"]) == component_digest(dataclasses.replace(found["dit"], offload=False))
     with pytest.raises(
         ConfigError, match=r"offload_models: 'org/model:transformer/.*' is no entry of the models; they"
     ):
         resolve("dit", offload_models=f"{second},{first}", **models)
+
+
+@pytest.mark.parametrize("other", [{"fp8_models": VAE_ID}, {"quant_options": f"{VAE_ID}:bitsandbytes_nf4"}])
+def test_weights_left_on_the_disk_cannot_be_held_in_fewer_bits(repo, other):
+    (name,) = other
+    with pytest.raises(ConfigError) as error:
+        resolve("vae", model_id_with_origin_paths=VAE_ID, offload_models=VAE_ID, **other)
+    assert str(error.value) == f"offload_models: {VAE_ID!r} is named by {name} already; name it once"
 
 
 def test_the_default_place_is_models(repo, monkeypatch):
