@@ -143,6 +143,12 @@ class Loop:
         )
         self._loss_before: float | None = None
         self._saved_at = time.monotonic()
+        # Steps of the checkpoints to keep. The settings do not tell, as earlier attempts may have had others.
+        self._asked_for: set[int] = (
+            set(resume.state.get("asked_for", ()))
+            if resume
+            else {checkpoint.step for checkpoint in run_dirs.list_checkpoints(run_dir)}
+        )
 
     @property
     def engine_description(self) -> str:
@@ -381,6 +387,8 @@ class Loop:
         ema = self._moving_average  # on the training device
         averages = ema and {name: weight.cpu() for name, weight in ema.weights.items()}
         files: list[str] = []
+        if self._is_checkpoint_due(step):
+            self._asked_for.add(step)
 
         def write(folder: Path) -> None:
             for output in self._outputs:
@@ -399,6 +407,7 @@ class Loop:
                     "version": STATE_VERSION,
                     "key": self._key,
                     "step": step,
+                    "asked_for": sorted(self._asked_for),
                     "num_micro_batches": self._num_micro_batches,
                     "optimizer": numbers,
                     "loss_before": self._loss_before,
@@ -426,7 +435,7 @@ class Loop:
     def _thin_out(self, num_states: int) -> None:
         run_dirs.thin_out(
             self._run_dir,
-            is_due=self._is_checkpoint_due,
+            is_due=lambda step: step in self._asked_for or self._is_checkpoint_due(step),
             limit=self._config.checkpoints_total_limit,
             best=self._early_stopping.best_step,
             num_states=num_states,

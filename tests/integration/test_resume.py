@@ -183,6 +183,15 @@ def test_a_checkpoint_that_nobody_asked_for_gives_way_to_one_that_somebody_did(p
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [4, 8, 9]
 
 
+def test_checkpoints_that_earlier_settings_asked_for_are_kept(parameters):
+    stopped_at(parameters | {"save_steps": 2}, 5)
+    result = train(load_config(None, parameters | {"save_steps": 3}))
+    assert [checkpoint.step for checkpoint in list_checkpoints(result.path)] == [2, 4, 6, 9]
+    (result.path / "run.json").unlink()  # as --force moves it aside
+    train(load_config(None, parameters | {"save_steps": 5}))
+    assert [checkpoint.step for checkpoint in list_checkpoints(result.path)] == [2, 4, 5, 6, 9]
+
+
 def test_the_clock_asks_for_states_and_each_gives_way_to_the_next(parameters):
     changes = {"save_minutes": 0}
     stopped_at(parameters | changes, 5)
