@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from diffsynth_pipe.errors import LaunchError, TrainingStopped
+from diffsynth_pipe.errors import ConfigError, LaunchError, TrainingStopped
 from diffsynth_pipe.training import run_dir as run_dirs
 from diffsynth_pipe.training import state as states
 from diffsynth_pipe.training.metrics import LossByDecile, Metrics
@@ -159,6 +159,7 @@ class Loop:
         """Train from the first step, or from where the run stopped, to the last.
 
         Raises:
+            ConfigError: It goes on, but is to be validated on another number of samples.
             LaunchError: A loss or a weight is NaN or Inf.
             TrainingStopped: A signal asked for it; the state is saved.
         """
@@ -223,10 +224,20 @@ class Loop:
         )
 
     def _restore(self) -> int:
-        """Go back to the saved state; return its step."""
+        """Go back to the saved state; return its step.
+
+        Raises:
+            ConfigError: It was validated on another number of samples.
+        """
         assert self._resume is not None
         checkpoint, state = self._resume.checkpoint, self._resume.state
         folder = checkpoint.state_folder
+        num_samples = len(state["base_losses"] or ())
+        if num_samples != self._validator.num_samples:
+            raise ConfigError(
+                f"num_validation_samples: the run began with {num_samples}, whose losses those to come are compared "
+                f"with, but this is a bank of {self._validator.num_samples}; set it to {num_samples}"
+            )
         states.load_optimizer(self._engine, self._trainable, folder, state["optimizer"])
         if self._config.use_ema:
             weights = states.current_weights(self._engine, self._averaged)

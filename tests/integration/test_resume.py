@@ -139,6 +139,14 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(parameters, othe
     assert lora_bytes(resumed) == lora_bytes(train(load_config(None, other_output)))
 
 
+@pytest.mark.parametrize(("before", "after"), [(3, 5), (0, 5), (3, 0)])
+def test_a_run_does_not_go_on_with_other_validation_samples(parameters, before, after):
+    stopped_at(parameters | {"num_validation_samples": before}, 2)
+    with pytest.raises(ConfigError, match=rf"^num_validation_samples: the run began with {before}, .* set it to {before}"):
+        train(load_config(None, parameters | {"num_validation_samples": after}))
+    assert train(load_config(None, parameters | {"num_validation_samples": before})).state == "Resumed"
+
+
 def test_a_checkpoint_of_another_run_is_refused_and_left_alone(parameters, tmp_path):
     stopped_at(parameters, 3)
     stranger = resumable(plan_train(load_config(None, parameters)).path)[-1]
