@@ -160,11 +160,11 @@ class Loop:
 
         Raises:
             ConfigError: It goes on, but is to be validated on another number of samples.
-            LaunchError: A loss or a weight is NaN or Inf.
+            LaunchError: A loss or a weight is NaN or Inf, or the optimizer's state cannot be saved.
             TrainingStopped: A signal asked for it; the state is saved.
         """
         config = self._config
-        step = self._restore() if self._resume else 0
+        began_at = step = self._restore() if self._resume else 0
         stopping = self._early_stopping
         validation: Validation | None = None
         saved: tuple[run_dirs.Checkpoint, list[str]] | None = None
@@ -187,6 +187,8 @@ class Loop:
                 step += 1
                 with signals.peers_needed():
                     values = self._step(step, batches)
+                if step == began_at + 1:  # not at the first checkpoint, hours later
+                    states.check_optimizer(self._engine, self._trainable)
                 metrics.write(step, epoch=self._sampler.finished_passes(step - 1) // config.dataset_repeat, **values)
                 metrics.advance(values)
                 with signals.peers_needed():
@@ -239,6 +241,7 @@ class Loop:
                 f"with, but this is a bank of {self._validator.num_samples}; set it to {num_samples}"
             )
         states.load_optimizer(self._engine, self._trainable, folder, state["optimizer"])
+        states.load_group_numbers(self._engine, state.get("optimizer_groups", ()))
         if self._config.use_ema:
             weights = states.current_weights(self._engine, self._averaged)
             averages = safetensors.torch.load_file(folder / f"{states.EMA}.safetensors") if weights else {}
@@ -421,6 +424,7 @@ class Loop:
                     "asked_for": sorted(self._asked_for),
                     "num_micro_batches": self._num_micro_batches,
                     "optimizer": numbers,
+                    "optimizer_groups": states.group_numbers(engine),
                     "loss_before": self._loss_before,
                     "base_losses": self._validator.base,
                     "early_stopping": asdict(self._early_stopping),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from small_trainings import LAUNCH_FILES, launch_command
 
 from diffsynth_pipe.config import load_config
-from diffsynth_pipe.errors import ConfigError, RunDirBusy, TrainingStopped
+from diffsynth_pipe.errors import ConfigError, LaunchError, RunDirBusy, TrainingStopped
 from diffsynth_pipe.launch import launch_train
 from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
@@ -76,6 +76,25 @@ def lora_bytes(result):
     return (result.path / result.summary["lora_path"]).read_bytes()
 
 
+class GrowingSGD(torch.optim.SGD):
+    """Takes steps that grow by a number in its group, as Prodigy does."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.param_groups[0]["d"] = 1.0
+
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        group["d"] *= 1.1
+        group["lr"] *= group["d"]
+        return super().step(closure)
+
+
+@pytest.fixture(autouse=True)
+def _growing_sgd_has_a_path(monkeypatch):
+    monkeypatch.setattr(torch.optim, "GrowingSGD", GrowingSGD, raising=False)
+
+
 @pytest.fixture
 def other_output(parameters, tmp_path):
     """The same training into another folder: the oracle, which nothing stops."""
@@ -88,8 +107,9 @@ def other_output(parameters, tmp_path):
         {},
         {"use_ema": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
         {"customized_optimizer": "torch.optim.RMSprop", "gradient_accumulation_steps": 2},
+        {"customized_optimizer": "torch.optim.GrowingSGD", "learning_rate": 1},
     ],
-    ids=["adamw", "ema and cosine", "rmsprop and accumulation"],
+    ids=["adamw", "ema and cosine", "rmsprop and accumulation", "numbers in the group"],
 )
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_stopped_run_ends_with_the_weights_of_an_uninterrupted_one(parameters, other_output, changes, step):
@@ -142,9 +162,18 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(parameters, othe
 @pytest.mark.parametrize(("before", "after"), [(3, 5), (0, 5), (3, 0)])
 def test_a_run_does_not_go_on_with_other_validation_samples(parameters, before, after):
     stopped_at(parameters | {"num_validation_samples": before}, 2)
-    with pytest.raises(ConfigError, match=rf"^num_validation_samples: the run began with {before}, .* set it to {before}"):
+    with pytest.raises(
+        ConfigError, match=rf"^num_validation_samples: the run began with {before}, .* set it to {before}"
+    ):
         train(load_config(None, parameters | {"num_validation_samples": after}))
     assert train(load_config(None, parameters | {"num_validation_samples": before})).state == "Resumed"
+
+
+def test_an_optimizer_whose_state_cannot_be_saved_is_refused_after_one_step(parameters):
+    config = load_config(None, parameters | {"customized_optimizer": "torch.optim.Adafactor"})
+    with pytest.raises(LaunchError, match=r"^the optimizer's 'row_var' cannot be saved; choose another"):
+        train(config)
+    assert not losses(plan_train(config).path)
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_left_alone(parameters, tmp_path):
