@@ -397,7 +397,7 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
     """Return ``run.json`` of a finished run whose last checkpoint is there; None otherwise."""
     try:
         run: dict[str, Any] = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return run if all((run_dir / file).is_file() for file in run["files"]) else None
 
