@@ -152,6 +152,8 @@ def _run(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if name in ("config", "stages", "force", *RunConfig.model_fields) and value is not None:
             command.append(f"--{name}={value}")
+    if args.debug:
+        command.append("--debug")
     os.execv(sys.executable, command)  # noqa: S606 - the flow replaces this process, so signals reach it directly
 
 
