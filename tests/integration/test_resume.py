@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from small_trainings import LAUNCH_FILES, launch_command
 
+from diffsynth_pipe.cli import main
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.errors import ConfigError, LaunchError, RunDirBusy, TrainingStopped
 from diffsynth_pipe.launch import launch_train
@@ -135,6 +136,18 @@ def test_a_run_goes_on_with_its_weights_and_optimizer_in_host_memory(parameters,
     whole = train(load_config(None, other_output | changes))
     assert resumed.state == "Resumed"
     assert resumed.summary["digests"] == whole.summary["digests"]
+
+
+def test_a_run_by_relative_paths_is_resumed_from_anywhere(parameters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stopped_at(parameters | {"output_path": "relative"}, 2)
+    (run_dir,) = (tmp_path / "relative").glob("train-*")
+    monkeypatch.chdir(tmp_path.parent)
+    started = []
+    monkeypatch.setattr(os, "execv", lambda _, command: started.extend(command))
+    assert main(["resume", str(run_dir)]) == 0
+    assert started[-1] == f"--config={run_dir / 'config.yaml'}"
+    assert load_config(run_dir / "config.yaml", {}).output_path == str(tmp_path / "relative")
 
 
 def test_it_can_be_stopped_again_and_again_by_either_signal(parameters, other_output):
