@@ -16,6 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from diffsynth_pipe.contracts import load_task
 from diffsynth_pipe.errors import ConfigError, LaunchError, TrainingStopped
 from diffsynth_pipe.training import run_dir as run_dirs
 from diffsynth_pipe.training import state as states
@@ -131,6 +132,8 @@ class Loop:
             self._num_steps = min(self._num_steps, config.max_steps)
         self._learning_rate = learning_rates(config, self._num_steps)
         self._moving_average: MovingAverage | None = None
+        task = load_task(config.task_name)
+        self._draws_levels = task.draws_noise_levels or task.takes_turns  # turns have levels of their own
         self._loss_by_decile = LossByDecile()
         self._early_stopping = EarlyStopping(patience=config.early_stopping_patience)
         self._validator = Validator(
@@ -200,7 +203,8 @@ class Loop:
                         validation = self._validate(step, metrics)
                     save |= validation is not None and stopping.update(step, validation.loss)
                 if save or stopping.should_stop:
-                    metrics.write(step, loss_by_noise_decile=self._loss_by_decile.take())
+                    if self._draws_levels:
+                        metrics.write(step, loss_by_noise_decile=self._loss_by_decile.take())
                     with self._rank_0_needed(signals):
                         saved = self._save(step)
                 if stop and step < self._num_steps and not stopping.should_stop:
