@@ -103,6 +103,25 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def check_resume_step(accelerator: Accelerator, step: int, run_dir: Path) -> None:
+    """Refuse to go on from different steps: ranks of several machines may not see the same files.
+
+    Args:
+        accelerator: Joined; every rank must take part.
+        step: Where this rank would go on; 0 for the start.
+        run_dir: Where it has looked.
+
+    Raises:
+        LaunchError: Another rank would go on elsewhere.
+    """
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise LaunchError(
+            f"{run_dir}: rank {accelerator.process_index} would go on after step {step}, others after "
+            f"{', '.join(map(str, sorted(set(steps) - {step})))}; output_path must be one folder for all machines"
+        )
+
+
 def set_accumulation(accelerator: Accelerator, config: RunConfig, num_micro_batches: int | None) -> None:
     """Set the micro-steps per optimizer step, so that a run that goes on has the global batch it began with.
 

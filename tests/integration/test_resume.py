@@ -343,6 +343,19 @@ def test_ranks_that_the_global_batch_does_not_divide_among_are_refused(parameter
     assert "error: the run began with 3 micro-batches per optimizer step, which do not divide among 2 ranks" in output
 
 
+def test_ranks_that_see_different_checkpoints_are_refused(parameters, tmp_path, monkeypatch):
+    """As on two machines without a shared folder: rank 1 works in a folder of its own."""
+    changes = {"batch_size": 1, "gradient_accumulation_steps": 2, "output_path": "relative"}
+    monkeypatch.chdir(tmp_path)
+    stopped_at(parameters | changes, 2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    os.chdir('other')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    code, output = launch_and_stop(parameters | changes, "ddp", 2)
+    assert code != 0
+    assert re.search(r"error.*: relative/train-\w+: rank \d would go on after step [02], others after [02];", output)
+
+
 def test_ranks_stop_and_save_when_their_launcher_is_killed(parameters):
     changes = {"batch_size": 1, "num_epochs": 1000}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "1", "-m", "diffsynth_pipe.train"]
