@@ -303,8 +303,8 @@ def collect_garbage(
         dry_run: Only say what would be deleted.
 
     Raises:
-        CacheNotFound, CacheCorrupt, CacheSchemaError: There is no cache, or a folder of it or a snapshot to be kept is
-            missing or damaged.
+        CacheNotFound, CacheCorrupt, CacheSchemaError: There is no cache, or a folder of it, a snapshot to be kept or a
+            file that the newest reads is missing or damaged.
         CacheError: A writer is at work, or the disk refuses.
     """
     root = _lockable(root, "`cache export` the newest snapshot into a new cache, and delete this one")
@@ -327,6 +327,8 @@ def _find_garbage(cache: Cache, root: Path, keep: int, oldest_s: float, unsealed
     numbers = snapshot_numbers(root)
     lost = {number for number in numbers[:-1] if "lost" in (read_seal(root, number) or {})}
     newest = [number for number in numbers if number not in lost][-keep:]
+    if newest:
+        cache.snapshot(newest[-1]).check_files()  # what seems superseded may be all that is left of a record
     for number in numbers:
         if number not in newest and all(map(is_old, _files_of_snapshot(root, number))):
             garbage.snapshots.append(number)

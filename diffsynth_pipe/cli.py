@@ -152,6 +152,8 @@ def _run(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if name in ("config", "stages", "force", *RunConfig.model_fields) and value is not None:
             command.append(f"--{name}={value}")
+    if args.debug:
+        command.append("--debug")
     os.execv(sys.executable, command)  # noqa: S606 - the flow replaces this process, so signals reach it directly
 
 
@@ -161,7 +163,10 @@ def _resume(args: argparse.Namespace) -> None:
     candidates = (folder / "config.yaml", folder / "data_process.yaml", logs / "data_process.yaml")
     saved = next((path for path in candidates if path.is_file()), None)
     if saved is None:
-        message = f"{args.folder} holds no run: name the train-<key> folder of a training, or a cache"
+        message = (
+            f"{args.folder} holds no run: name the train-<key> folder of a training, or the cache of a run; a cache"
+            " that data-process fills by itself goes on by the same command"
+        )
         raise ConfigError(message)
     config = load_config(saved, {})
     from diffsynth_pipe.launch import data_process_log_dir

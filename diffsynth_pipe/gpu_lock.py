@@ -30,8 +30,9 @@ def visible_gpus() -> list[str]:
     if chosen is None:
         return list(uuids.values())
     names = [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
-    # CUDA takes the beginning of a UUID too.
-    return [uuids.get(name) or next((u for u in uuids.values() if u.startswith(name)), name) for name in names]
+    # CUDA takes the beginning of a UUID too. No GPU twice: who holds it would wait for itself.
+    found = [uuids.get(name) or next((u for u in uuids.values() if u.startswith(name)), name) for name in names]
+    return list(dict.fromkeys(found))
 
 
 @contextlib.contextmanager

@@ -15,16 +15,16 @@ import time
 from collections import deque
 from os import SEEK_END, environ, getpid
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import yaml
 
 from cache_store.durable import move_aside
 from diffsynth_pipe.contracts import load_task
-from diffsynth_pipe.errors import LaunchError, PipeError
+from diffsynth_pipe.errors import ConfigError, LaunchError, PipeError
 from diffsynth_pipe.gpu_lock import hold, visible_gpus, wait_for_lock
 from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_train, summarize
-from diffsynth_pipe.training.run_dir import drop_states
+from diffsynth_pipe.training.run_dir import disk_errors, drop_states
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -151,6 +151,7 @@ def launch_train(config: RunConfig, force: bool = False, on_line: Callable[[str]
         on_line: Gets each line of the output.
 
     Raises:
+        ConfigError: ``accelerate_config_file`` cannot be used.
         PipeError: The stage refused the input; the message is its own.
         LaunchError: The ranks ended badly.
     """
@@ -163,8 +164,21 @@ def launch_train(config: RunConfig, force: bool = False, on_line: Callable[[str]
     settings = config.accelerate_config_file or str(default)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", settings]
     command = [*launcher, "-m", "diffsynth_pipe.train", "--config", str(saved)]
-    gpus = [] if (yaml.safe_load(Path(settings).read_text(encoding="utf-8")) or {}).get("use_cpu") else visible_gpus()
+    gpus = [] if _read_launch_file(Path(settings)).get("use_cpu") else visible_gpus()
     return _launch(config, plan_train, force, command, run_dir, saved, on_line, gpus)
+
+
+def _read_launch_file(path: Path) -> Mapping[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"accelerate_config_file: {path} cannot be read: {reason}; correct the path or the file"
+        ) from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"accelerate_config_file: {path} holds no settings; see those in {LAUNCH_FILES}")
+    return settings
 
 
 def _launch(
@@ -315,8 +329,10 @@ def run_supervised(
 
 @contextlib.contextmanager
 def _locked(run_dir: Path, on_line: Callable[[str], None]) -> Iterator[BinaryIO]:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a+b") as lock:
+    with disk_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        opened = (run_dir / ".lock").open("a+b")
+    with opened as lock:
         wait_for_lock(lock, str(run_dir), on_line)
         yield lock
 

@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = FlagParser(prog="diffsynth-pipe run", description="Encode the data set once, then train from the cache.")
     parser.add_argument("--stages", default="", help="stages to run [default: those of --task]")
     parser.add_argument("--force", default="", help="stages to run even if nothing is left to do")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add_config_flags(parser)
+    argv = sys.argv[1:] if argv is None else argv
     _show_only_our_lines()
     # Prefect sends its process SIGTERM once more when the flow has stopped; dying of it would leave Prefect's server.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -105,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
             LOG.info("%s: %s, %s", plan.stage, plan.verdict, plan.why)
         results = cache_then_train(config, stages=stages, force=force)
     except USER_ERRORS as error:
+        if "--debug" in argv:
+            raise
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:

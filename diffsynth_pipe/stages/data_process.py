@@ -97,15 +97,20 @@ def _rank(config: RunConfig) -> tuple[int, int]:
     """Return rank and world size of this process.
 
     Raises:
-        ConfigError: It was started beside another number of processes than the config names.
+        ConfigError: They are no such numbers, or not as many processes were started as the config names.
     """
+    rank, world_size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise ConfigError(
+            f"RANK={rank} WORLD_SIZE={world_size}: shares are numbered from 0 to WORLD_SIZE-1; set both so"
+        )
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "RANK" in os.environ and config.data_process_num_processes not in (1, started):
         raise ConfigError(
             f"data_process_num_processes: is {config.data_process_num_processes}, but {started} were started on this"
             " machine; leave it out where a launcher is used"
         )
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return int(rank), int(world_size)
 
 
 @contextlib.contextmanager

@@ -153,9 +153,21 @@ def model_of(name: str) -> str:
 
 
 def plan_cut(config: RunConfig, family: ModelFamily) -> Cut:
-    """Cut the family's graph for the models that this run trains; metadata columns that cross are stored too."""
+    """Cut the family's graph for the models that this run trains; texts of the metadata that cross are stored too.
+
+    Raises:
+        ConfigError: A unit that would run in every training step reads other columns than texts.
+    """
     units = _enabled_units(config, load_task(config.task_name).units(family))
     split = cut(units, trainable_models(config), tuple(spec.name for unit in units for spec in unit.outputs))
+    other_columns = {column for unit in split.live for column in (*unit.media, *unit.parse)}
+    for column in split.columns:
+        if column in other_columns:
+            names = ", ".join(sorted(trainable_models(config) - {"dit"}))
+            raise ConfigError(
+                f"trainable_models: a trained {names} of family {config.family!r} would read the column {column!r} in"
+                " every step, but only texts are kept for that; leave it out"
+            )
     return replace(split, cached=(*split.cached, *map(column_unit, split.columns)))
 
 
@@ -407,7 +419,7 @@ def read_run(run_dir: Path) -> dict[str, Any] | None:
     """Return ``run.json`` of a finished run whose last checkpoint is there; None otherwise."""
     try:
         run: dict[str, Any] = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return run if all((run_dir / file).is_file() for file in run["files"]) else None
 

@@ -162,10 +162,11 @@ def _train(
             with disk_errors(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
                 held.enter_context(only_training(run_dir))
-                config.save(run_dir / "config.yaml")
+                config.with_absolute_paths().save(run_dir / "config.yaml")
             _warn_of_other_expert(family, config, files["dit"])
         accelerator.wait_for_everyone()  # rank 0 may have put back a checkpoint
         resume = _resume_point(run_dir, plan.key)
+        engines.check_resume_step(accelerator, resume.checkpoint.step if resume else 0, run_dir)
         engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
         objective = _objective(config, family, accelerator)
         lineage |= objective.lineage

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
 PLAIN_TORCH = "engine plain torch"
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for rank 0 while it digests the weights of a model or writes them. NCCL's 10 minutes are too few
+for 40 GB on a slow disk; a rank that died is noticed without them, see ``StopSignals``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +85,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         )
         raise ConfigError(message)
     cpu_ranks = not torch.cuda.is_available() and _launched_world_size() > 1
-    if not torch.cuda.is_available() and (deepspeed or cpu_ranks):
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    backend = "gloo" if not torch.cuda.is_available() and (deepspeed or cpu_ranks) else None
+    handlers.append(InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT))
     accelerator = Accelerator(
         cpu=cpu_ranks and not deepspeed,  # without it the ranks are joined, but nothing averages their gradients
         deepspeed_plugin=_deepspeed_plugin(config) if deepspeed else None,
@@ -96,6 +101,25 @@ def start_accelerator(config: RunConfig) -> Accelerator:
             "check use_cpu and distributed_type in the accelerate configuration"
         )
     return accelerator
+
+
+def check_resume_step(accelerator: Accelerator, step: int, run_dir: Path) -> None:
+    """Refuse to go on from different steps: ranks of several machines may not see the same files.
+
+    Args:
+        accelerator: Joined; every rank must take part.
+        step: Where this rank would go on; 0 for the start.
+        run_dir: Where it has looked.
+
+    Raises:
+        LaunchError: Another rank would go on elsewhere.
+    """
+    steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+    if len(set(steps)) > 1:
+        raise LaunchError(
+            f"{run_dir}: rank {accelerator.process_index} would go on after step {step}, others after "
+            f"{', '.join(map(str, sorted(set(steps) - {step})))}; output_path must be one folder for all machines"
+        )
 
 
 def set_accumulation(accelerator: Accelerator, config: RunConfig, num_micro_batches: int | None) -> None:

@@ -16,7 +16,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from diffsynth_pipe.errors import LaunchError, TrainingStopped
+from diffsynth_pipe.contracts import load_task
+from diffsynth_pipe.errors import ConfigError, LaunchError, TrainingStopped
 from diffsynth_pipe.training import run_dir as run_dirs
 from diffsynth_pipe.training import state as states
 from diffsynth_pipe.training.metrics import LossByDecile, Metrics
@@ -131,6 +132,8 @@ class Loop:
             self._num_steps = min(self._num_steps, config.max_steps)
         self._learning_rate = learning_rates(config, self._num_steps)
         self._moving_average: MovingAverage | None = None
+        task = load_task(config.task_name)
+        self._draws_levels = task.draws_noise_levels or task.takes_turns  # turns have levels of their own
         self._loss_by_decile = LossByDecile()
         self._early_stopping = EarlyStopping(patience=config.early_stopping_patience)
         self._validator = Validator(
@@ -143,6 +146,12 @@ class Loop:
         )
         self._loss_before: float | None = None
         self._saved_at = time.monotonic()
+        # Steps of the checkpoints to keep. The settings do not tell, as earlier attempts may have had others.
+        self._asked_for: set[int] = (
+            set(resume.state.get("asked_for", ()))
+            if resume
+            else {checkpoint.step for checkpoint in run_dirs.list_checkpoints(run_dir)}
+        )
 
     @property
     def engine_description(self) -> str:
@@ -153,11 +162,12 @@ class Loop:
         """Train from the first step, or from where the run stopped, to the last.
 
         Raises:
-            LaunchError: A loss or a weight is NaN or Inf.
+            ConfigError: It goes on, but is to be validated on another number of samples.
+            LaunchError: A loss or a weight is NaN or Inf, or the optimizer's state cannot be saved.
             TrainingStopped: A signal asked for it; the state is saved.
         """
         config = self._config
-        step = self._restore() if self._resume else 0
+        began_at = step = self._restore() if self._resume else 0
         stopping = self._early_stopping
         validation: Validation | None = None
         saved: tuple[run_dirs.Checkpoint, list[str]] | None = None
@@ -180,6 +190,8 @@ class Loop:
                 step += 1
                 with signals.peers_needed():
                     values = self._step(step, batches)
+                if step == began_at + 1:  # not at the first checkpoint, hours later
+                    states.check_optimizer(self._engine, self._trainable)
                 metrics.write(step, epoch=self._sampler.finished_passes(step - 1) // config.dataset_repeat, **values)
                 metrics.advance(values)
                 with signals.peers_needed():
@@ -191,7 +203,8 @@ class Loop:
                         validation = self._validate(step, metrics)
                     save |= validation is not None and stopping.update(step, validation.loss)
                 if save or stopping.should_stop:
-                    metrics.write(step, loss_by_noise_decile=self._loss_by_decile.take())
+                    if self._draws_levels:
+                        metrics.write(step, loss_by_noise_decile=self._loss_by_decile.take())
                     with self._rank_0_needed(signals):
                         saved = self._save(step)
                 if stop and step < self._num_steps and not stopping.should_stop:
@@ -217,11 +230,22 @@ class Loop:
         )
 
     def _restore(self) -> int:
-        """Go back to the saved state; return its step."""
+        """Go back to the saved state; return its step.
+
+        Raises:
+            ConfigError: It was validated on another number of samples.
+        """
         assert self._resume is not None
         checkpoint, state = self._resume.checkpoint, self._resume.state
         folder = checkpoint.state_folder
+        num_samples = len(state["base_losses"] or ())
+        if num_samples != self._validator.num_samples:
+            raise ConfigError(
+                f"num_validation_samples: the run began with {num_samples}, whose losses those to come are compared "
+                f"with, but this is a bank of {self._validator.num_samples}; set it to {num_samples}"
+            )
         states.load_optimizer(self._engine, self._trainable, folder, state["optimizer"])
+        states.load_group_numbers(self._engine, state.get("optimizer_groups", ()))
         if self._config.use_ema:
             weights = states.current_weights(self._engine, self._averaged)
             averages = safetensors.torch.load_file(folder / f"{states.EMA}.safetensors") if weights else {}
@@ -381,6 +405,8 @@ class Loop:
         ema = self._moving_average  # on the training device
         averages = ema and {name: weight.cpu() for name, weight in ema.weights.items()}
         files: list[str] = []
+        if self._is_checkpoint_due(step):
+            self._asked_for.add(step)
 
         def write(folder: Path) -> None:
             for output in self._outputs:
@@ -399,8 +425,10 @@ class Loop:
                     "version": STATE_VERSION,
                     "key": self._key,
                     "step": step,
+                    "asked_for": sorted(self._asked_for),
                     "num_micro_batches": self._num_micro_batches,
                     "optimizer": numbers,
+                    "optimizer_groups": states.group_numbers(engine),
                     "loss_before": self._loss_before,
                     "base_losses": self._validator.base,
                     "early_stopping": asdict(self._early_stopping),
@@ -426,7 +454,7 @@ class Loop:
     def _thin_out(self, num_states: int) -> None:
         run_dirs.thin_out(
             self._run_dir,
-            is_due=self._is_checkpoint_due,
+            is_due=lambda step: step in self._asked_for or self._is_checkpoint_due(step),
             limit=self._config.checkpoints_total_limit,
             best=self._early_stopping.best_step,
             num_states=num_states,

@@ -15,7 +15,7 @@ from diffsynth_pipe.errors import LaunchError
 from diffsynth_pipe.training.zero3 import whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -71,6 +71,29 @@ def write_optimizer(engine: Engine, parameters: Mapping[str, Parameter], folder:
         if engine.accelerator.is_main_process:
             safetensors.torch.save_file(tensors, folder / f"{kind}.safetensors")
     return numbers
+
+
+def group_numbers(engine: Engine) -> list[dict[str, float]]:
+    """Return what the optimizer keeps in its groups but the learning rate, such as Prodigy's estimate ``d`` of it."""
+    return [
+        {name: value for name, value in group.items() if isinstance(value, int | float) and name != "lr"}
+        for group in _inner_optimizer(engine).param_groups
+    ]
+
+
+def load_group_numbers(engine: Engine, numbers: Iterable[Mapping[str, float]]) -> None:
+    """Give an engine that has taken no step yet what ``group_numbers`` returned; another class takes what it knows."""
+    for group, stored in zip(_inner_optimizer(engine).param_groups, numbers, strict=False):
+        group.update({name: value for name, value in stored.items() if name in group})
+
+
+def check_optimizer(engine: Engine, parameters: Mapping[str, Parameter]) -> None:
+    """Refuse an optimizer whose state cannot be saved; call it after a step.
+
+    Raises:
+        LaunchError: As it says.
+    """
+    _kinds(engine, parameters)
 
 
 def load_weights(parameters: Mapping[str, Parameter], file: Path) -> None:

@@ -155,6 +155,11 @@ class Validator:
         self.base: list[list[float]] | None = None
         """Losses of the base model, ``[samples][levels]``, once they are measured. A resumed run must set them."""
 
+    @property
+    def num_samples(self) -> int:
+        """Size of the bank."""
+        return len(self._plans)
+
     def measure(self, step: int) -> Validation | None:
         """Measure; None if the bank is empty. The first call also measures the base. Every rank must take part.
 

@@ -287,11 +287,11 @@ FOREIGN = {
 HALF = {
     "only store.json": (without(*ALL_FOLDERS), "segments is missing", ("repair", "import-diffsynth")),
     "no segments": (without("segments"), "c/0/0 is missing", ("explain", "import-diffsynth")),
-    "segments are empty": (emptied("segments"), "c/0/0 is missing", ("ls", "gc", "explain", "import-diffsynth")),
+    "segments are empty": (emptied("segments"), "c/0/0 is missing", ("ls", "explain", "import-diffsynth")),
     "segments are cut": (
         cut_short("segments/**/0"),
         "bytes, not ",
-        ("ls", "gc", "repair", "explain", "import-diffsynth"),
+        ("ls", "repair", "explain", "import-diffsynth"),
     ),
     "no journal": (without("journal"), "journal is missing", ("repair", "explain", "import-diffsynth")),
     "journal is empty": (emptied("journal"), "no journal has", tuple({*COMMANDS} - {"verify"})),

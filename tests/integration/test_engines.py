@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -457,3 +458,34 @@ def test_weights_go_to_the_cpu_first_where_they_must(parameters):
     assert load_device(gpu, files, offloaded) == torch.device("cpu")
     assert load_device(gpu, dataclasses.replace(files, fp8=True), config) == torch.device("cpu")
     assert load_device(gpu, dataclasses.replace(files, quantization=NF4), config) == torch.device("cpu")
+
+
+def test_ranks_wait_longer_for_rank_0_than_nccl_would_let_them():
+    """It may digest or write tens of gigabytes meanwhile, and the others are in a collective."""
+    script = """
+import torch
+from diffsynth_pipe.config import load_config
+from diffsynth_pipe.training.engine import start_accelerator
+start_accelerator(load_config(None, {"dataset_base_path": "data"}))
+group = torch.distributed.distributed_c10d._get_default_group()
+print(group._get_backend(torch.device("cpu")).options._timeout)
+"""
+    rank = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    engine = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(DEPLOY / "deepspeed" / "zero3_cpu_offload.json"),
+    }
+    started = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **rank, **engine},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert started.stdout.splitlines()[-1] == "2:00:00", started.stderr

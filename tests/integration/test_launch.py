@@ -262,7 +262,7 @@ def test_runs_on_other_gpus_do_not_wait(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("visible", "expected"),
-    [(None, ["GPU-aa", "GPU-bb"]), ("1", ["GPU-bb"]), ("GPU-a", ["GPU-aa"]), ("1,0", ["GPU-bb", "GPU-aa"]), ("", [])],
+    [(None, ["GPU-aa", "GPU-bb"]), ("1", ["GPU-bb"]), ("GPU-a", ["GPU-aa"]), ("1,0,1", ["GPU-bb", "GPU-aa"]), ("", [])],
 )
 def test_visible_gpus_are_named_by_their_uuid(tmp_path, monkeypatch, visible, expected):
     driver = tmp_path / "nvidia-smi"

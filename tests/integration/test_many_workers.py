@@ -136,3 +136,14 @@ def test_another_number_of_processes_than_the_config_names_is_refused(run_config
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(ConfigError, match="data_process_num_processes: is 2, but 4 were started"):
         data_process(run_config(data_process_num_processes=2))
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [("2", "2"), ("-1", "2"), ("one", "2"), ("1", None)])
+def test_a_rank_without_a_share_is_refused(run_config, monkeypatch, rank, world_size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ConfigError, match=rf"^RANK={rank} WORLD_SIZE={world_size or 1}: shares are numbered from 0"):
+        data_process(run_config())
+    assert not run_config().cache_dir.exists()

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from small_trainings import LAUNCH_FILES, launch_command
 
+from diffsynth_pipe.cli import main
 from diffsynth_pipe.config import load_config
-from diffsynth_pipe.errors import ConfigError, RunDirBusy, TrainingStopped
+from diffsynth_pipe.errors import ConfigError, LaunchError, RunDirBusy, TrainingStopped
 from diffsynth_pipe.launch import launch_train
 from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
@@ -76,6 +77,25 @@ def lora_bytes(result):
     return (result.path / result.summary["lora_path"]).read_bytes()
 
 
+class GrowingSGD(torch.optim.SGD):
+    """Takes steps that grow by a number in its group, as Prodigy does."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        self.param_groups[0]["d"] = 1.0
+
+    def step(self, closure=None):
+        (group,) = self.param_groups
+        group["d"] *= 1.1
+        group["lr"] *= group["d"]
+        return super().step(closure)
+
+
+@pytest.fixture(autouse=True)
+def _growing_sgd_has_a_path(monkeypatch):
+    monkeypatch.setattr(torch.optim, "GrowingSGD", GrowingSGD, raising=False)
+
+
 @pytest.fixture
 def other_output(parameters, tmp_path):
     """The same training into another folder: the oracle, which nothing stops."""
@@ -88,8 +108,9 @@ def other_output(parameters, tmp_path):
         {},
         {"use_ema": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2},
         {"customized_optimizer": "torch.optim.RMSprop", "gradient_accumulation_steps": 2},
+        {"customized_optimizer": "torch.optim.GrowingSGD", "learning_rate": 1},
     ],
-    ids=["adamw", "ema and cosine", "rmsprop and accumulation"],
+    ids=["adamw", "ema and cosine", "rmsprop and accumulation", "numbers in the group"],
 )
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_stopped_run_ends_with_the_weights_of_an_uninterrupted_one(parameters, other_output, changes, step):
@@ -117,6 +138,18 @@ def test_a_run_goes_on_with_its_weights_and_optimizer_in_host_memory(parameters,
     assert resumed.summary["digests"] == whole.summary["digests"]
 
 
+def test_a_run_by_relative_paths_is_resumed_from_anywhere(parameters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stopped_at(parameters | {"output_path": "relative"}, 2)
+    (run_dir,) = (tmp_path / "relative").glob("train-*")
+    monkeypatch.chdir(tmp_path.parent)
+    started = []
+    monkeypatch.setattr(os, "execv", lambda _, command: started.extend(command))
+    assert main(["resume", str(run_dir)]) == 0
+    assert started[-1] == f"--config={run_dir / 'config.yaml'}"
+    assert load_config(run_dir / "config.yaml", {}).output_path == str(tmp_path / "relative")
+
+
 def test_it_can_be_stopped_again_and_again_by_either_signal(parameters, other_output):
     for step, number in ((2, signal.SIGINT), (3, signal.SIGTERM), (7, signal.SIGINT)):
         stopped_at(parameters, step, number)
@@ -137,6 +170,23 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(parameters, othe
     resumed = train(config)
     assert f"{weights} is not what was written; going back to an older checkpoint" in caplog.text
     assert lora_bytes(resumed) == lora_bytes(train(load_config(None, other_output)))
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 5), (0, 5), (3, 0)])
+def test_a_run_does_not_go_on_with_other_validation_samples(parameters, before, after):
+    stopped_at(parameters | {"num_validation_samples": before}, 2)
+    with pytest.raises(
+        ConfigError, match=rf"^num_validation_samples: the run began with {before}, .* set it to {before}"
+    ):
+        train(load_config(None, parameters | {"num_validation_samples": after}))
+    assert train(load_config(None, parameters | {"num_validation_samples": before})).state == "Resumed"
+
+
+def test_an_optimizer_whose_state_cannot_be_saved_is_refused_after_one_step(parameters):
+    config = load_config(None, parameters | {"customized_optimizer": "torch.optim.Adafactor"})
+    with pytest.raises(LaunchError, match=r"^the optimizer's 'row_var' cannot be saved; choose another"):
+        train(config)
+    assert not losses(plan_train(config).path)
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_left_alone(parameters, tmp_path):
@@ -181,6 +231,15 @@ def test_a_checkpoint_that_nobody_asked_for_gives_way_to_one_that_somebody_did(p
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [3]
     train(config)
     assert [checkpoint.step for checkpoint in list_checkpoints(run_dir)] == [4, 8, 9]
+
+
+def test_checkpoints_that_earlier_settings_asked_for_are_kept(parameters):
+    stopped_at(parameters | {"save_steps": 2}, 5)
+    result = train(load_config(None, parameters | {"save_steps": 3}))
+    assert [checkpoint.step for checkpoint in list_checkpoints(result.path)] == [2, 4, 6, 9]
+    (result.path / "run.json").unlink()  # as --force moves it aside
+    train(load_config(None, parameters | {"save_steps": 5}))
+    assert [checkpoint.step for checkpoint in list_checkpoints(result.path)] == [2, 4, 5, 6, 9]
 
 
 def test_the_clock_asks_for_states_and_each_gives_way_to_the_next(parameters):
@@ -282,6 +341,19 @@ def test_ranks_that_the_global_batch_does_not_divide_among_are_refused(parameter
     code, output = launch_and_stop(parameters | {"batch_size": 1, "gradient_accumulation_steps": 3}, "ddp", 2)
     assert code != 0
     assert "error: the run began with 3 micro-batches per optimizer step, which do not divide among 2 ranks" in output
+
+
+def test_ranks_that_see_different_checkpoints_are_refused(parameters, tmp_path, monkeypatch):
+    """As on two machines without a shared folder: rank 1 works in a folder of its own."""
+    changes = {"batch_size": 1, "gradient_accumulation_steps": 2, "output_path": "relative"}
+    monkeypatch.chdir(tmp_path)
+    stopped_at(parameters | changes, 2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "sitecustomize.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    os.chdir('other')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    code, output = launch_and_stop(parameters | changes, "ddp", 2)
+    assert code != 0
+    assert re.search(r"error.*: relative/train-\w+: rank \d would go on after step [02], others after [02];", output)
 
 
 def test_ranks_stop_and_save_when_their_launcher_is_killed(parameters):

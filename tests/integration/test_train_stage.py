@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from diffsynth_pipe.errors import PipeError
 from diffsynth_pipe.launch import launch_data_process, launch_train
 from diffsynth_pipe.stages.data_process import data_process
 from diffsynth_pipe.stages.plan import plan_train
@@ -112,6 +113,21 @@ def assert_refused(finished, *words):
 def test_train_without_a_cache(run_config, run_file, cli):
     assert_refused(cli("train", run_file()), "is not a cache", "data-process")
     assert not run_config().cache_dir.exists()
+
+
+def test_what_cannot_be_launched_is_refused(run_config, tmp_path, monkeypatch):
+    data_process(run_config())
+    (tmp_path / "list.yaml").write_text("- use_cpu")
+    (tmp_path / "cut.yaml").write_text("use_cpu: [")
+    monkeypatch.chdir(tmp_path)
+    for name, value, message in (
+        ("accelerate_config_file", "absent.yaml", "accelerate_config_file: absent.yaml cannot be read: .*No such file"),
+        ("accelerate_config_file", "list.yaml", "accelerate_config_file: list.yaml holds no settings; see"),
+        ("accelerate_config_file", "cut.yaml", "accelerate_config_file: cut.yaml cannot be read: .*expected"),
+        ("output_path", "list.yaml/out", r"list.yaml/out/train-\w+: .*Not a directory"),
+    ):
+        with pytest.raises(PipeError, match=f"^{message}"):
+            launch_train(run_config(**{name: value}, cache_path=str(run_config().cache_dir)))
 
 
 def test_train_from_the_cache_of_another_model(run_config, run_file, cli, tiny_repo, tmp_path, monkeypatch):

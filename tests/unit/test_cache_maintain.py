@@ -311,6 +311,20 @@ def test_superseded_snapshots_and_segments_go_after_the_grace_period(cache):
     assert {path.stem for path in (cache.root / "journal").iterdir()} == sessions
 
 
+def test_nothing_is_garbage_while_the_newest_snapshot_lacks_a_file(cache):
+    with cache.writer() as writer:
+        for number in range(NUM_SAMPLES):
+            for unit in SPECS:
+                add(writer, unit, number)
+    again = seal(cache, range(NUM_SAMPLES))
+    shutil.rmtree(again.segment_folder(0))
+    with pytest.raises(CacheCorrupt, match=r"is missing; run data-process again"):
+        collect_garbage(cache.root, keep=1, grace_s=0)
+    assert write_missing(cache, range(NUM_SAMPLES)) == []  # the records from before are there
+    assert_values(seal(cache, range(NUM_SAMPLES)), range(NUM_SAMPLES))
+    assert "snapshots/000003" in collect_garbage(cache.root, keep=1, grace_s=0).names()
+
+
 def test_leftovers_of_killed_writers_go(cache):
     (cache.root / "tmp" / "20260101T000000000000-1-abcdef-000000" / "latents").mkdir(parents=True)
     (cache.root / "tmp" / "snapshot-1-abcdef01").write_bytes(b"half")

@@ -112,11 +112,14 @@ def test_the_process_exits_with_that_code(run_file):
     assert ended.stderr == "error: lora_rank: must be greater than or equal to 1, got '0'\n"
 
 
-def test_debug_shows_the_traceback(run_file):
-    ended = python("-m", "diffsynth_pipe.cli", "plan", "run.yaml", "--lora_rank=0", "--debug", cwd=run_file.parent)
+@pytest.mark.parametrize(
+    ("command", "flag", "message"), [("plan", "--lora_rank=0", "lora_rank: "), ("run", "--stages=trian", "--stages: ")]
+)
+def test_debug_shows_the_traceback(run_file, command, flag, message):
+    ended = python("-m", "diffsynth_pipe.cli", command, "run.yaml", flag, "--debug", cwd=run_file.parent)
     assert ended.returncode == 1
     assert ended.stderr.startswith("Traceback")
-    assert "ConfigError: lora_rank: " in ended.stderr
+    assert f"ConfigError: {message}" in ended.stderr
 
 
 def test_schema_is_that_of_the_run_file(capsys):
@@ -209,8 +212,8 @@ def test_resume_runs_the_flow_with_the_saved_config(tmp_path, monkeypatch, folde
     load_config(None, {"dataset_base_path": "x", "output_path": str(tmp_path)}).save(path)
     started = []
     monkeypatch.setattr(os, "execv", lambda _, command: started.extend(command))
-    assert main(["resume", str(tmp_path / folder)]) == 0
-    assert started[1:] == ["-P", "-m", "flows.cache_then_train", f"--config={path}"]
+    assert main(["resume", str(tmp_path / folder), "--debug"]) == 0
+    assert started[1:] == ["-P", "-m", "flows.cache_then_train", f"--config={path}", "--debug"]
 
 
 def test_resume_of_a_moved_folder_is_refused(tmp_path, capsys):

@@ -8,10 +8,12 @@ from PIL import Image
 from transformers import Qwen2VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
+from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import Batch, ComponentFiles
-from diffsynth_pipe.errors import DataError
+from diffsynth_pipe.errors import ConfigError, DataError
 from diffsynth_pipe.families import qwen_image_edit
 from diffsynth_pipe.families.qwen_image_edit import PLUGIN, encode_edit_latents, encode_text, use_zero_cond_t
+from diffsynth_pipe.stages.plan import plan_cut
 
 CPU = torch.device("cpu")
 IMAGES = [Image.effect_noise((72, 48), 40).convert("RGB"), Image.effect_noise((32, 64), 60).convert("RGB")]
@@ -215,3 +217,12 @@ def test_a_record_of_the_reference_holds_the_same_fields(components):
     assert record.keys() == {spec.name for unit in PLUGIN.units for spec in unit.outputs}
     for name, value in found.items():
         assert torch.equal(record[name], value)
+
+
+def test_an_encoder_that_would_read_images_in_every_step_is_not_trained():
+    parameters = {"dataset_base_path": "data", "family": "qwen_image_edit", "trainable_models": "text_encoder"}
+    config = load_config(None, parameters | {"extra_inputs": "edit_image"})
+    with pytest.raises(
+        ConfigError, match=r"^trainable_models: a trained text_encoder .* read the column 'edit_image' in"
+    ):
+        plan_cut(config, PLUGIN)
