@@ -41,8 +41,9 @@ TEMPLATE_MODEL = "template_model"
 TEMPLATE_PROCESSOR = "template_processor"
 """The same model as the component that stage 1 runs; it is never trained, so its unit is never live."""
 
-Media = Literal["image", "images", "video"]
-"""How a cell is loaded: an RGB ``PIL.Image``; a list of them; uint8 frames ``[frame, height, width, 3]``."""
+Media = Literal["image", "images", "video", "audio"]
+"""How a cell is loaded: an RGB ``PIL.Image``; a list of them; uint8 frames ``[frame, height, width, 3]``; float32
+samples ``[sample]`` at 16 kHz, of one channel."""
 
 LoraLayers = Mapping[str, tuple[str, ...]]
 """The layers of a denoiser as a format of LoRA files has them: by their names there, each with diffusers' layers whose
