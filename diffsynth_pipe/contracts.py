@@ -43,7 +43,10 @@ TEMPLATE_PROCESSOR = "template_processor"
 
 Media = Literal["image", "images", "video", "audio"]
 """How a cell is loaded: an RGB ``PIL.Image``; a list of them; uint8 frames ``[frame, height, width, 3]``; float32
-samples ``[sample]`` at 16 kHz, of one channel."""
+samples ``[sample]`` of one channel, ``AUDIO_SAMPLE_RATE`` a second."""
+
+AUDIO_SAMPLE_RATE = 16_000
+"""What wav2vec 2.0 hears."""
 
 LoraLayers = Mapping[str, tuple[str, ...]]
 """The layers of a denoiser as a format of LoRA files has them: by their names there, each with diffusers' layers whose

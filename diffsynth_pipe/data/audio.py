@@ -1,4 +1,4 @@
-"""Audio: the samples of a file at the one rate that speech models hear."""
+"""Audio: the samples of a file, at one rate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffsynth_pipe.contracts import AUDIO_SAMPLE_RATE
 from diffsynth_pipe.errors import DataError
 from diffsynth_pipe.fingerprint import file_digest, json_digest
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
 RULE_VERSION = 1
 """Bumped by hand when the same file gives other samples."""
-
-SAMPLE_RATE = 16_000
-"""Samples per second."""
 
 MIN_SECONDS = 0.1
 """wav2vec 2.0 makes no feature of less."""
@@ -43,7 +41,7 @@ class AudioInput:
     @property
     def digest(self) -> str:
         """Hex digest of the file's bytes and of the rule that makes samples of them."""
-        return json_digest([self.media_digest, SAMPLE_RATE, "audio", RULE_VERSION])
+        return json_digest([self.media_digest, AUDIO_SAMPLE_RATE, "audio", RULE_VERSION])
 
     def load(self) -> NDArray[np.float32]:
         """Return the samples, ``[sample]``.
@@ -60,7 +58,7 @@ class AudioInput:
 
 
 def load_audio(path: Path) -> NDArray[np.float32]:
-    """Return all of a file's first audio stream at ``SAMPLE_RATE``, the mean of its channels, in [-1, 1].
+    """Return all of a file's first audio stream at ``AUDIO_SAMPLE_RATE``, the mean of its channels, in [-1, 1].
 
     Raises:
         DataError: The file holds no audio that can be decoded, or too little.
@@ -70,7 +68,7 @@ def load_audio(path: Path) -> NDArray[np.float32]:
 
     pieces = []
     # The resampler would mix channels by other weights.
-    resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
+    resampler = av.AudioResampler(format="fltp", rate=AUDIO_SAMPLE_RATE)
     try:
         with av.open(str(path)) as container:
             if not container.streams.audio:
@@ -82,8 +80,10 @@ def load_audio(path: Path) -> NDArray[np.float32]:
     except (FFmpegError, ValueError) as error:
         raise DataError(f"{path}: is no audio that can be decoded ({error}); replace or remove it") from error
     samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
-    if len(samples) < MIN_SECONDS * SAMPLE_RATE:
-        raise DataError(f"{path}: has {len(samples) / SAMPLE_RATE:.3g} s of audio, less than {MIN_SECONDS}; remove it")
+    if len(samples) < MIN_SECONDS * AUDIO_SAMPLE_RATE:
+        raise DataError(
+            f"{path}: has {len(samples) / AUDIO_SAMPLE_RATE:.3g} s of audio, less than {MIN_SECONDS}; remove it"
+        )
     if not np.isfinite(samples).all():
         raise DataError(f"{path}: holds samples that are no numbers; replace or remove it")
     return samples

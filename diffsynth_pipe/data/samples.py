@@ -132,9 +132,7 @@ def _check_video_parameters(config: RunConfig, *, has_video: bool) -> None:
             )
 
 
-def _media_input(
-    config: RunConfig, path: Path, digest: str, shape: tuple[int, ...], label: str, kind: Media
-) -> Input:
+def _media_input(config: RunConfig, path: Path, digest: str, shape: tuple[int, ...], label: str, kind: Media) -> Input:
     """Return the input of a file of this training shape: height and width in pixels, and frames of a video."""
     if kind == "audio":
         return AudioInput(path=path, media_digest=digest, label=label)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
-from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit
-from diffsynth_pipe.data.audio import SAMPLE_RATE
+from diffsynth_pipe.contracts import AUDIO_SAMPLE_RATE, ComponentSpec, EncodeUnit
 from diffsynth_pipe.errors import DataError, ModelError
 from diffsynth_pipe.modeling import wan
 from diffsynth_pipe.modeling.fields import check_channels, noise_unit
@@ -72,18 +71,20 @@ def load_vae(files: ComponentFiles, dtype: dtype, device: device) -> Any:
 
 
 def load_audio_encoder(files: ComponentFiles, dtype: dtype, device: device) -> AudioEncoder:
-    """Load wav2vec 2.0, without a head.
+    """Load wav2vec 2.0, and leave its head.
 
     Raises:
         ModelError: Its processor wants another sample rate.
     """
-    from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Model
+    from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
 
     folder = files.companions["audio_processor"]
     processor = Wav2Vec2FeatureExtractor.from_pretrained(folder, local_files_only=True)
-    if processor.sampling_rate != SAMPLE_RATE:
-        raise ModelError(f"{folder}: hears {processor.sampling_rate} samples a second, not {SAMPLE_RATE}; name another")
-    return AudioEncoder(load_encoder(Wav2Vec2Model, files, dtype, device), processor, dtype)
+    if processor.sampling_rate != AUDIO_SAMPLE_RATE:
+        raise ModelError(
+            f"{folder}: hears {processor.sampling_rate} samples a second, not {AUDIO_SAMPLE_RATE}; name another"
+        )
+    return AudioEncoder(load_encoder(Wav2Vec2ForCTC, files, dtype, device).wav2vec2, processor, dtype)
 
 
 def load_dit(files: ComponentFiles, dtype: dtype, device: device) -> Any:
@@ -146,7 +147,9 @@ def encode_audio(components: Components, inputs: Mapping[str, Any]) -> dict[str,
 
     encoder: AudioEncoder = components["audio_encoder"]
     model = encoder.model
-    samples = encoder.processor(inputs["input_audio"], sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values
+    samples = encoder.processor(
+        inputs["input_audio"], sampling_rate=AUDIO_SAMPLE_RATE, return_tensors="pt"
+    ).input_values
     states = model(samples.to(model.device, encoder.dtype), output_hidden_states=True).hidden_states
     hidden = torch.cat(states).float().transpose(1, 2)
     num_features = int(hidden.shape[2] / WAV2VEC_RATE * FEATURE_RATE)
@@ -160,7 +163,7 @@ def encode_audio(components: Components, inputs: Mapping[str, Any]) -> dict[str,
 def note_on_audio(_: Components, inputs: Mapping[str, Any]) -> str | None:
     """Tell how many frames have no audio, if any."""
     num_frames = len(inputs["video"]) - 1
-    num_heard = int(len(inputs["input_audio"]) / SAMPLE_RATE * FRAME_RATE)
+    num_heard = int(len(inputs["input_audio"]) / AUDIO_SAMPLE_RATE * FRAME_RATE)
     return f"the audio ends after {num_heard} of {num_frames} frames" if num_heard < num_frames else None
 
 
@@ -198,7 +201,6 @@ class WanSpeechToVideo:
         "audio_encoder": ComponentSpec(
             subfolder="audio_encoder",
             class_name="Wav2Vec2ForCTC",
-            other_class_names=("Wav2Vec2Model",),
             load=load_audio_encoder,
             companions=("audio_processor",),
         ),

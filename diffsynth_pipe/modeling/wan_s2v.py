@@ -91,7 +91,7 @@ class AudioTokens(nn.Module):
             features: ``[batch, channel, frame]``.
         """
         each = self.conv1_local(features).unflatten(1, (self.num_tokens, -1)).flatten(0, 1)
-        each = self._shorten(each).unflatten(0, (len(features), -1)).transpose(1, 2)
+        each = torch.unflatten(self._shorten(each), 0, (len(features), -1)).transpose(1, 2)
         padding = self.padding_tokens.expand(*each.shape[:2], -1, -1).to(each.dtype)
         return self.final_linear(self._shorten(self.conv1_global(features))), torch.cat([each, padding], dim=2)
 
@@ -168,15 +168,15 @@ class SpeechTransformerBlock(WanTransformerBlock):  # type: ignore[misc]
         dtype = hidden_states.dtype
         sizes = [num_noised, hidden_states.shape[1] - num_noised]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
-            part.split(1, dim=1) for part in (self.scale_shift_table + temb.float()).unbind(2)
+            part.split_with_sizes([1, 1], dim=1) for part in (self.scale_shift_table + temb.float()).unbind(2)
         )
 
         def modulated(tokens: Tensor, scales: tuple[Tensor, ...], shifts: tuple[Tensor, ...]) -> Tensor:
-            parts = zip(tokens.split(sizes, dim=1), scales, shifts, strict=True)
+            parts = zip(tokens.split_with_sizes(sizes, dim=1), scales, shifts, strict=True)
             return torch.cat([part * (1 + by) + plus for part, by, plus in parts], dim=1).to(dtype)
 
         def gated(tokens: Tensor, update: Tensor, gates: tuple[Tensor, ...]) -> Tensor:
-            parts = zip(update.float().split(sizes, dim=1), gates, strict=True)
+            parts = zip(update.float().split_with_sizes(sizes, dim=1), gates, strict=True)
             return (tokens.float() + torch.cat([part * by for part, by in parts], dim=1)).to(dtype)
 
         attended = self.attn1(modulated(self.norm1(hidden_states.float()), scale, shift), None, None, rotary_emb)
@@ -213,7 +213,7 @@ class AudioInjector(nn.Module):
             place: Which of the injectors it is.
             num_noised: See above.
         """
-        clip = hidden_states[:, :num_noised].unflatten(1, (audio.shape[1], -1)).flatten(0, 1)
+        clip = torch.unflatten(hidden_states[:, :num_noised], 1, (audio.shape[1], -1)).flatten(0, 1)
         normed = self.injector_adain_layers[place](clip, temb=of_frames.flatten(0, 1))
         heard = self.injector[place](normed, audio.flatten(0, 1)).unflatten(0, audio.shape[:2]).flatten(1, 2)
         return torch.cat([hidden_states[:, :num_noised] + heard, hidden_states[:, num_noised:]], dim=1)
@@ -256,7 +256,7 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdap
     _no_split_modules = ("SpeechTransformerBlock",)
     _keep_in_fp32_modules = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         patch_size: tuple[int, int, int] = (1, 2, 2),
@@ -349,4 +349,5 @@ class WanS2VTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdap
         tokens = tokens[:, :num_noised]
         tokens = self.proj_out((self.norm_out(tokens.float()) * (1 + scale) + shift).to(tokens.dtype))
         patches = tokens.unflatten(1, size).unflatten(-1, (*self.config.patch_size, -1))
-        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        velocity: Tensor = patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return velocity
