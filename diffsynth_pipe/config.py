@@ -369,7 +369,7 @@ class RunConfig(BaseModel):
         "model-specific",
         "cache",
         False,
-        "Wan: make a latent frame of each frame, encoded alone, of any num_frames; for key frames.",
+        "Wan, but for S2V: make a latent frame of each frame, encoded alone, of any num_frames; for key frames.",
     )
     tokenizer_1_path: str | None = _setting(
         "model-specific", "nothing", None, "FLUX.1: folder of CLIP's tokenizer; another name of tokenizer_path."
