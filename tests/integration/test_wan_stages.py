@@ -169,6 +169,8 @@ def test_speech_to_video_takes_the_columns_of_the_references_command(settings, t
         "cache_path": str(tmp_path / "cache"),
         "num_epochs": 2,
     }
+    with pytest.raises(ConfigError, match=r"^framewise_decoding: family 'wan_s2v' has no such switch; leave it out"):
+        stages({**parameters, "framewise_decoding": True})
     result = stages(parameters)
     assert result.summary["num_steps"] == 4
     snapshot = Cache.open(Path(parameters["cache_path"])).latest()
