@@ -14,7 +14,7 @@ from diffsynth_pipe.contracts import AUDIO_SAMPLE_RATE, ComponentSpec, EncodeUni
 from diffsynth_pipe.errors import DataError, ModelError
 from diffsynth_pipe.modeling import wan
 from diffsynth_pipe.modeling.fields import check_channels, noise_unit
-from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
+from diffsynth_pipe.modeling.loading import build_denoiser, load_encoder
 from diffsynth_pipe.modeling.tiny import write_repository
 
 if TYPE_CHECKING:
@@ -88,10 +88,23 @@ def load_audio_encoder(files: ComponentFiles, dtype: dtype, device: device) -> A
 
 
 def load_dit(files: ComponentFiles, dtype: dtype, device: device) -> Any:
-    """Load the denoiser."""
+    """Load the denoiser.
+
+    Raises:
+        ModelError: Its layers have other names: until diffusers has the class, it may have others elsewhere.
+    """
     from diffsynth_pipe.modeling.wan_s2v import WanS2VTransformer3DModel
 
-    return load_denoiser(WanS2VTransformer3DModel, files, dtype, device)
+    model, info = WanS2VTransformer3DModel.from_pretrained(
+        files.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    for kind in ("missing", "unexpected"):
+        if names := sorted(info[f"{kind}_keys"]):
+            raise ModelError(
+                f"{files.folder}: {len(names)} {kind} weights, such as {names[0]}; "
+                "convert the published ones by diffsynth-pipe convert-wan-s2v"
+            )
+    return model.to(device).eval().requires_grad_(False)
 
 
 def build_dit(folder: Path) -> Module:

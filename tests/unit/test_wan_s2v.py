@@ -1,12 +1,14 @@
 """Wan2.2-S2V against numbers of DiffSynth-Studio 2.1.12: its WanS2VModel, FlowMatchSFTLoss and WanVideoUnit_S2V.
 
-Weights and inputs are sines of squares, so that no random generator has a part in them; the denoiser's weights were
-loaded there under their original names.
+Weights and inputs are sines of squares, so that no random generator has a part in them. The denoiser's are written
+under their published names, which the reference reads, and converted.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import zlib
 from types import SimpleNamespace
 
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from family_samples import load_components, random_media
+from safetensors.torch import load_file, save_file
 
+from diffsynth_pipe.cli import main
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import Batch, ComponentFiles, NoiseLevel, load_family, load_task
 from diffsynth_pipe.errors import CacheMismatch, DataError, ModelError
@@ -29,34 +33,131 @@ from diffsynth_pipe.training.lora_file import export_lora, file_layers
 FAMILY = load_family("wan_s2v")
 SHAPE = (1, 16, 4, 8, 10)
 VELOCITIES = {
-    "pose": [0.68221, -1.11046, -0.09488, -1.03135, 0.33748, 0.02438, -2.29945, 0.35133],
-    "no pose": [0.85522, -0.99974, 0.28198, -0.99968, -0.67529, 0.66278, -0.99447, -0.43297],
+    "pose": [1.74665, 1.0245, 0.33605, -1.80356, 0.0869, 3.53993, 0.66042, 0.55123],
+    "no pose": [1.03661, 0.15128, -0.98538, -1.34096, 0.10071, 2.75123, 0.50496, 0.48479],
 }
-LOSSES = {"pose": 1.3808927536010742, "no pose": 1.3606607913970947}
+LOSSES = {"pose": 1.164326548576355, "no pose": 1.1849805116653442}
 
 
 def squares(shape, speed):
     return torch.sin(speed * torch.arange(torch.Size(shape).numel(), dtype=torch.float64) ** 2).view(shape).float()
 
 
-@pytest.fixture(scope="module")
-def dit():
-    from diffsynth_pipe.modeling.wan_s2v import WanS2VTransformer3DModel
+def layer(name, *shape):
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
 
-    model = WanS2VTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        text_dim=12,
-        audio_dim=8,
-        ffn_dim=48,
-        num_layers=3,
-        audio_inject_layers=(0, 2),
-        freq_dim=32,
-    )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(0.3 * squares(parameter.shape, 0.37 + zlib.crc32(name.encode()) % 1000 / 1000))
-    return model.eval()
+
+def attention(name):
+    norms = {f"{name}.norm_{part}.weight": (24,) for part in "qk"}
+    return {key: shape for part in "qkvo" for key, shape in layer(f"{name}.{part}", 24, 24).items()} | norms
+
+
+ORIGINAL_CONFIG = {
+    "_class_name": "WanModel_S2V",
+    "dim": 24,
+    "num_heads": 2,
+    "num_layers": 3,
+    "in_dim": 16,
+    "out_dim": 16,
+    "ffn_dim": 48,
+    "freq_dim": 32,
+    "text_dim": 12,
+    "cond_dim": 16,
+    "audio_dim": 8,
+    "num_audio_token": 4,
+    "audio_inject_layers": [0, 2],
+    "eps": 1e-6,
+    "enable_adain": True,
+    "zero_timestep": True,
+}
+ORIGINAL_SHAPES = {
+    **layer("patch_embedding", 24, 16, 1, 2, 2),
+    **layer("text_embedding.0", 24, 12),
+    **layer("text_embedding.2", 24, 24),
+    **layer("time_embedding.0", 24, 32),
+    **layer("time_embedding.2", 24, 24),
+    **layer("time_projection.1", 144, 24),
+    **{
+        name: shape
+        for block in ("blocks.0", "blocks.1", "blocks.2")
+        for name, shape in {
+            f"{block}.modulation": (1, 6, 24),
+            **attention(f"{block}.self_attn"),
+            **attention(f"{block}.cross_attn"),
+            **layer(f"{block}.norm3", 24),
+            **layer(f"{block}.ffn.0", 48, 24),
+            **layer(f"{block}.ffn.2", 24, 48),
+        }.items()
+    },
+    "head.modulation": (1, 2, 24),
+    **layer("head.head", 64, 24),
+    **layer("cond_encoder", 24, 16, 1, 2, 2),
+    "casual_audio_encoder.weights": (1, 25, 1, 1),
+    "casual_audio_encoder.encoder.padding_tokens": (1, 1, 1, 24),
+    **layer("casual_audio_encoder.encoder.conv1_local.conv", 24, 8, 3),
+    **layer("casual_audio_encoder.encoder.conv1_global.conv", 6, 8, 3),
+    **layer("casual_audio_encoder.encoder.conv2.conv", 12, 6, 3),
+    **layer("casual_audio_encoder.encoder.conv3.conv", 24, 12, 3),
+    **layer("casual_audio_encoder.encoder.final_linear", 24, 24),
+    **attention("audio_injector.injector.0"),
+    **attention("audio_injector.injector.1"),
+    **layer("audio_injector.injector_adain_layers.0.linear", 48, 24),
+    **layer("audio_injector.injector_adain_layers.1.linear", 48, 24),
+    "trainable_cond_mask.weight": (3, 24),
+    **layer("frame_packer.proj", 24, 16, 1, 2, 2),
+    **layer("frame_packer.proj_2x", 24, 16, 2, 4, 4),
+    **layer("frame_packer.proj_4x", 24, 16, 4, 8, 8),
+}
+"""The weights of the reference's WanS2VModel at this size, by its names, which are those of the published files."""
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A folder of two files as the model was published."""
+    folder = tmp_path_factory.mktemp("Wan2.2-S2V")
+    (folder / "config.json").write_text(json.dumps(ORIGINAL_CONFIG))
+    weights = {
+        name: 0.3 * squares(shape, 0.37 + zlib.crc32(name.encode()) % 1000 / 1000)
+        for name, shape in ORIGINAL_SHAPES.items()
+    }
+    names = list(weights)
+    for number, part in enumerate((names[:50], names[50:]), start=1):
+        path = folder / f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        save_file({name: weights[name] for name in part}, path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(original, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "transformer"
+    assert main(["convert-wan-s2v", str(original), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dit(converted):
+    files = ComponentFiles(weights=tuple(sorted(converted.glob("*.safetensors"))), folder=converted)
+    return FAMILY.components["dit"].load(files, torch.float32, torch.device("cpu"))
+
+
+def test_what_is_no_published_model_is_refused(original, converted, tmp_path, capsys):
+    shutil.copytree(original, tmp_path / "half")
+    (tmp_path / "half" / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    shutil.copytree(original, tmp_path / "narrow")
+    (tmp_path / "narrow" / "config.json").write_text(json.dumps({**ORIGINAL_CONFIG, "ffn_dim": 64}))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text(json.dumps({**ORIGINAL_CONFIG, "zero_timestep": False}))
+    for name, target, message in (
+        ("half", "new", "lacks 91 weights, such as audio_injector.injector.0.norm_k.weight; download it again"),
+        ("narrow", "new", "blocks.0.ffn.net.0.proj.bias has shape [48], which config.json does not say"),
+        ("old", "new", "without zero_timestep or enable_adain, which is not implemented"),
+        (converted, "new", "holds a 'WanS2VTransformer3DModel', expected a 'WanModel_S2V'"),
+        ("nowhere", "new", "config.json: cannot be read"),
+        (original, "half", "half: exists; name a new folder"),
+    ):
+        assert main(["convert-wan-s2v", str(tmp_path / name), str(tmp_path / target)]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "narrow", "old"]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +170,24 @@ def repo(tmp_path_factory):
 @pytest.fixture(scope="module")
 def components(repo):
     return load_components(FAMILY, repo, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["missing", "unexpected"])
+def test_weights_of_other_names_are_refused(repo, tmp_path, kind):
+    shutil.copytree(repo / "transformer", tmp_path / "transformer")
+    path = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    name = "blocks.1.attn1.to_q.weight"
+    if kind == "missing":
+        del weights[name]
+    else:
+        name = "blocks.1.attn1.q.weight"
+        weights[name] = torch.zeros(1)
+    save_file(weights, path)
+    with pytest.raises(ModelError, match=rf"transformer: 1 {kind} weights, such as {name}; convert the published ones"):
+        FAMILY.components["dit"].load(
+            ComponentFiles(weights=(path,), folder=path.parent), torch.float32, torch.device("cpu")
+        )
 
 
 @pytest.fixture
@@ -204,21 +323,16 @@ def test_audio_processor_path_names_what_prepares_the_audio(repo, components, tm
         FAMILY.components["audio_encoder"].load(files["audio_encoder"], torch.float32, torch.device("cpu"))
 
 
-def test_a_lora_has_the_references_names_on_request():
-    from diffsynth_pipe.modeling.wan_s2v import WanS2VTransformer3DModel
-
-    model = WanS2VTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=12, text_dim=12, audio_dim=8, ffn_dim=48, num_layers=2,
-        audio_inject_layers=(1,), freq_dim=32,
-    )  # fmt: skip
+def test_a_lora_has_the_published_names_on_request(converted):
+    files = ComponentFiles(weights=tuple(sorted(converted.glob("*.safetensors"))), folder=converted)
+    model = FAMILY.components["dit"].load(files, torch.float32, torch.device("cpu"))
     settings = LoraSettings(targets=FAMILY.lora_target_modules, rank=2, alpha=2.0)
     add_lora(model, settings, seed=0)
     weights = {name: parameter.detach() for name, parameter in lora_parameters(model).items()}
     layers = file_layers(model, FAMILY.components["dit"].lora_layers["diffsynth"])
     tensors, _ = export_lora(weights, settings, "diffsynth", prefix="transformer", architecture="x", layers=layers)
-    attentions = [f"blocks.{n}.{kind}_attn" for n in range(2) for kind in ("self", "cross")]
-    expected = {f"{name}.{part}" for name in (*attentions, "audio_injector.injector.0") for part in "qkvo"}
-    expected |= {f"blocks.{n}.ffn.{part}" for n in range(2) for part in (0, 2)}
+    targets = re.compile(r"(.*_attn\.[qkvo]|.*\.injector\.\d\.[qkvo]|.*\.ffn\.[02])\.weight")
+    expected = {match[1] for match in map(targets.fullmatch, ORIGINAL_SHAPES) if match}
     assert {name.split(".lora_")[0] for name in tensors} == expected
 
 
