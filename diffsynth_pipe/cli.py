@@ -93,6 +93,14 @@ def _parser() -> FlagParser:
     tiny.add_argument("folder", metavar="FOLDER", type=Path)
     _add_family(tiny)
     tiny.set_defaults(command=_tiny_model)
+
+    convert = commands.add_parser(
+        "convert-wan-s2v", help="write the published denoiser of Wan2.2-S2V as a run loads it"
+    )
+    convert.add_argument("source", metavar="SOURCE", type=Path, help="its folder: Wan-AI/Wan2.2-S2V-14B")
+    convert.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder, called transformer")
+    convert.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    convert.set_defaults(command=_convert_wan_s2v)
     return parser
 
 
@@ -262,6 +270,13 @@ def _tiny_model(args: argparse.Namespace) -> None:
     from diffsynth_pipe.contracts import load_family
 
     load_family(args.family).write_tiny(args.folder)
+    print(args.folder)
+
+
+def _convert_wan_s2v(args: argparse.Namespace) -> None:
+    from diffsynth_pipe.modeling.wan_s2v_conversion import convert
+
+    convert(args.source, args.folder)
     print(args.folder)
 
 

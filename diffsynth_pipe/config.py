@@ -57,7 +57,7 @@ _dmd2 = partial(_setting, "DMD2 distillation", "weights")
 
 
 _ACTS_WITH = {
-    "audio_processor_path": ("family", ("wan", "wan_ti2v")),
+    "audio_processor_path": ("family", ("wan", "wan_s2v", "wan_ti2v")),
     "logit_mean": ("timestep_sampling", ("logit_normal",)),
     "logit_std": ("timestep_sampling", ("logit_normal",)),
     "timestep_shift": ("timestep_sampling", ("uniform", "logit_normal")),
@@ -153,7 +153,7 @@ class RunConfig(BaseModel):
         None,
         "More metadata columns that the task or the model reads, comma-separated; for direct_distill"
         " seed,rand_device,num_inference_steps,cfg_scale. For Wan what of the video is given: input_image, end_image,"
-        " clip_feature.",
+        " clip_feature; for Wan2.2-S2V also input_audio and s2v_pose_video.",
     )
     fp8_models: list[str | list[str]] | None = _setting(
         "model loading",
@@ -354,7 +354,8 @@ class RunConfig(BaseModel):
         "model-specific",
         "nothing",
         None,
-        "Wan: folder of a wav2vec 2.0 processor. Checked, and no more: only Wan2.2-S2V hears, and it is no family yet.",
+        "Wan2.2-S2V: folder of the wav2vec 2.0 processor. Default: the one beside the audio encoder. The other families"
+        " of Wan do not hear: there it is checked, and no more.",
     )
     max_timestep_boundary: Fraction = _setting(
         "model-specific",
@@ -369,7 +370,7 @@ class RunConfig(BaseModel):
         "model-specific",
         "cache",
         False,
-        "Wan: make a latent frame of each frame, encoded alone, of any num_frames; for key frames.",
+        "Wan, but for S2V: make a latent frame of each frame, encoded alone, of any num_frames; for key frames.",
     )
     tokenizer_1_path: str | None = _setting(
         "model-specific", "nothing", None, "FLUX.1: folder of CLIP's tokenizer; another name of tokenizer_path."

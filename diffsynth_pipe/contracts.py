@@ -41,8 +41,12 @@ TEMPLATE_MODEL = "template_model"
 TEMPLATE_PROCESSOR = "template_processor"
 """The same model as the component that stage 1 runs; it is never trained, so its unit is never live."""
 
-Media = Literal["image", "images", "video"]
-"""How a cell is loaded: an RGB ``PIL.Image``; a list of them; uint8 frames ``[frame, height, width, 3]``."""
+Media = Literal["image", "images", "video", "audio"]
+"""How a cell is loaded: an RGB ``PIL.Image``; a list of them; uint8 frames ``[frame, height, width, 3]``; float32
+samples ``[sample]`` of one channel, ``AUDIO_SAMPLE_RATE`` a second."""
+
+AUDIO_SAMPLE_RATE = 16_000
+"""What wav2vec 2.0 hears."""
 
 LoraLayers = Mapping[str, tuple[str, ...]]
 """The layers of a denoiser as a format of LoRA files has them: by their names there, each with diffusers' layers whose

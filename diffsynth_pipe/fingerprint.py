@@ -49,7 +49,7 @@ def json_digest(value: Any) -> str:
 
 _INPUTS = {
     *("dataset_base_path", "dataset_metadata_path", "model_paths", "model_id_with_origin_paths", "fp8_models"),
-    *("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path"),
+    *("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path", "audio_processor_path"),
     *("resume_from_checkpoint", "lora_checkpoint", "preset_lora_path", "quant_options", "template_model_id_or_path"),
 }
 """Fields that name what a run reads: their content decides the keys of stages, which no name can wait for."""

@@ -33,6 +33,7 @@ COMPANION_PARAMETERS = {
     "tokenizer_1_path": "tokenizer",
     "tokenizer_2_path": "tokenizer_2",
     "processor_path": "processor",
+    "audio_processor_path": "audio_processor",
 }
 """The RunConfig fields that name another folder than the one beside a component, and that folder's name there."""
 SHARD_STEM = re.compile(r"-\d+-of-\d+$")
@@ -88,7 +89,8 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
     """
     known = {companion for spec in family.components.values() for companion in spec.companions}
     for parameter, companion in COMPANION_PARAMETERS.items():
-        if getattr(config, parameter) and companion not in known:
+        # The reference's other trainings of Wan load an audio processor too, and leave it alone.
+        if getattr(config, parameter) and companion not in known and parameter != "audio_processor_path":
             raise ConfigError(f"{parameter}: no component of the family takes a {companion}; leave it out")
     all_entries = _entries(config)
     fp8_entries = _repeated("fp8_models", config.fp8_models, all_entries)

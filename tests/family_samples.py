@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import wave
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +35,12 @@ def media_columns(units: tuple[EncodeUnit, ...]) -> dict[str, str]:
 
 
 def random_media(kind: str, seed: int, height_px: int = 48, width_px: int = 64) -> Any:
-    """Return noise as an encode unit gets it: one image, two images of different sizes, or a video of five frames."""
+    """Return noise as an encode unit gets it: an image, two of different sizes, a video of five frames, 0.5 s of audio.
+
+    The audio is of 16 bits, as a file may have it.
+    """
+    if kind == "audio":
+        return np.random.default_rng(seed).integers(-(2**15), 2**15, 8000).astype(np.float32) / 2**15
     pixels = np.random.default_rng(seed).integers(0, 256, (5, height_px, width_px, 3), dtype=np.uint8)
     if kind == "video":
         return pixels
@@ -58,6 +64,11 @@ def sample_values(units: tuple[EncodeUnit, ...], prompt: str, seed: int, multipl
 def write_media(folder: Path, kind: str, seed: int) -> Any:
     """Write ``random_media`` below a folder; return the metadata cell that names it."""
     media = random_media(kind, seed)
+    if kind == "audio":
+        with wave.open(str(folder / f"{seed}.wav"), "wb") as file:
+            file.setparams((1, 2, 16000, len(media), "NONE", ""))
+            file.writeframes((media * 2**15).astype("<i2").tobytes())
+        return f"{seed}.wav"
     if kind == "video":
         first, *rest = map(Image.fromarray, media)
         first.save(folder / f"{seed}.gif", save_all=True, append_images=rest)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cache_store.store import RESERVED_BUCKET
 from diffsynth_pipe.config import RunConfig, comma_list
 from diffsynth_pipe.contracts import CAPTION_COLUMN, EMPTY_CAPTION_ID, Sample
+from diffsynth_pipe.data.audio import AudioInput, load_audio
 from diffsynth_pipe.data.images import ImageInput, ImagesInput, TextInput, ValueInput, read_size_px, target_size_px
 from diffsynth_pipe.data.metadata import read_metadata
 from diffsynth_pipe.data.videos import (
@@ -32,7 +33,7 @@ from diffsynth_pipe.fingerprint import digest_files, json_digest
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from diffsynth_pipe.contracts import EncodeUnit, Input
+    from diffsynth_pipe.contracts import EncodeUnit, Input, Media
     from diffsynth_pipe.data.metadata import Row
 
 K = TypeVar("K")
@@ -81,10 +82,10 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
         for row in (_with_lists(row, lists) for row in read_metadata(metadata_path))
     ]
     _check_cells(metadata_path, rows, columns, file_columns, lists, parsers)
-    videos = [column for column, kind in media.items() if kind == "video"]
-    _check_video_parameters(config, videos)
+    kinds: dict[str, Media] = {column: media.get(column, "image") for column in file_columns}
+    _check_video_parameters(config, has_video="video" in kinds.values())
     base = Path(config.dataset_base_path)
-    sizes = _measure_files(config, size_multiple, rows, file_columns, videos)
+    sizes = _measure_files(config, size_multiple, rows, kinds)
     paths = list(dict.fromkeys(path for path, _ in sizes))
     digests = _by_chunks(paths, "hashing files", partial(digest_files, num_threads=_num_threads(config)))
 
@@ -96,11 +97,8 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
         for column in columns:
             if column in file_columns:
                 files = _paths(base, row, column)
-                is_video = column in videos
-                images = [
-                    _media_input(config, path, digests[path], sizes[path, is_video], source, is_video=is_video)
-                    for path in files
-                ]
+                kind = kinds[column]
+                images = [_media_input(config, path, digests[path], sizes[path, kind], source, kind) for path in files]
                 is_list = isinstance(row.values[column], list)
                 inputs[column] = ImagesInput(tuple(images)) if is_list else images[0]  # type: ignore[arg-type]
                 contents[column] = [digests[path] for path in files] if is_list else digests[files[0]]
@@ -109,8 +107,8 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
                 inputs[column] = ValueInput(parsers[column](value)) if column in parsers else TextInput(value)
                 contents[column] = inputs[column].digest
         content = json_digest(contents)
-        shapes = [sizes[path, column in videos] for column in file_columns for path in _paths(base, row, column)]
-        sizes_px = "+".join("x".join(map(str, shape)) for shape in shapes)
+        shapes = [sizes[path, kind] for column, kind in kinds.items() for path in _paths(base, row, column)]
+        sizes_px = "+".join("x".join(map(str, shape)) for shape in shapes if shape)
         samples.append(
             Sample(
                 sample_id=json_digest([content, occurrences[content]]),
@@ -123,8 +121,8 @@ def list_samples(config: RunConfig, units: Sequence[EncodeUnit], size_multiple: 
     return samples
 
 
-def _check_video_parameters(config: RunConfig, videos: Sequence[str]) -> None:
-    if videos:
+def _check_video_parameters(config: RunConfig, *, has_video: bool) -> None:
+    if has_video:
         check_num_frames(config.num_frames, _frames_per_latent(config))
         return
     for name in ("num_frames", "fix_frame_rate", "framewise_decoding"):
@@ -134,10 +132,10 @@ def _check_video_parameters(config: RunConfig, videos: Sequence[str]) -> None:
             )
 
 
-def _media_input(
-    config: RunConfig, path: Path, digest: str, shape: tuple[int, ...], label: str, *, is_video: bool
-) -> Input:
+def _media_input(config: RunConfig, path: Path, digest: str, shape: tuple[int, ...], label: str, kind: Media) -> Input:
     """Return the input of a file of this training shape: height and width in pixels, and frames of a video."""
+    if kind == "audio":
+        return AudioInput(path=path, media_digest=digest, label=label)
     known: dict[str, Any] = {
         "path": path,
         "media_digest": digest,
@@ -146,7 +144,7 @@ def _media_input(
         "apply_exif": config.apply_exif_orientation,
         "label": label,
     }
-    if not is_video:
+    if kind != "video":
         return ImageInput(**known)
     if is_image(path):
         return StillInput(ImageInput(**known))
@@ -258,14 +256,13 @@ def _measure_files(
     config: RunConfig,
     multiple: int,
     rows: Sequence[tuple[str, Row]],
-    file_columns: Sequence[str],
-    videos: Sequence[str],
-) -> dict[tuple[Path, bool], tuple[int, ...]]:
-    """Return the training shape of every file, by its path and whether it is read as a video: height, width, frames."""
+    kinds: Mapping[str, Media],
+) -> dict[tuple[Path, Media], tuple[int, ...]]:
+    """Return the training shape of every file, by its path and how it is read: height, width, frames; none of audio."""
     base = Path(config.dataset_base_path)
     files = list(
         dict.fromkeys(
-            (path, name in videos) for _, row in rows for name in file_columns for path in _paths(base, row, name)
+            (path, kind) for _, row in rows for name, kind in kinds.items() for path in _paths(base, row, name)
         )
     )
     with ThreadPoolExecutor(_num_threads(config)) as pool:
@@ -274,19 +271,22 @@ def _measure_files(
     _raise_first(
         f"{source}: {error}"
         for source, row in rows
-        for column in file_columns
+        for column, kind in kinds.items()
         for path in _paths(base, row, column)
-        if isinstance(error := measured[path, column in videos], DataError)
+        if isinstance(error := measured[path, kind], DataError)
     )
     return {file: shape for file, shape in measured.items() if not isinstance(shape, DataError)}
 
 
-def _measure(config: RunConfig, multiple: int, file: tuple[Path, bool]) -> tuple[int, ...] | DataError:
-    path, is_video = file
+def _measure(config: RunConfig, multiple: int, file: tuple[Path, Media]) -> tuple[int, ...] | DataError:
+    path, kind = file
     upright = config.apply_exif_orientation
-    frames: tuple[int, ...] = (1,) if is_video else ()
+    frames: tuple[int, ...] = (1,) if kind == "video" else ()
     try:
-        if is_video and not is_image(path):
+        if kind == "audio":
+            load_audio(path)
+            return ()
+        if kind == "video" and not is_image(path):
             video = read_video_size(
                 path, config.num_frames, _frame_rate(config), _frames_per_latent(config), apply_exif=upright
             )

@@ -12,13 +12,13 @@ from diffsynth_pipe.fingerprint import bytes_digest, json_digest, record_key, un
 from diffsynth_pipe.stages.plan import StageResult
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
 
     from cache_store.object_path import Root
-    from diffsynth_pipe.contracts import ModelFamily
+    from diffsynth_pipe.contracts import EncodeUnit, ModelFamily
 
 
 class _ImageSize:
@@ -40,7 +40,8 @@ def import_diffsynth(source: Path, cache_dir: Root, family_name: str) -> StageRe
         family_name: The family of the model that the records were made for.
 
     Raises:
-        DataError: A file is not such a record, or holds anything but tensors, numbers, text and PIL images.
+        DataError: A file is not such a record, has other fields than the first one, or holds anything but tensors,
+            numbers, text and PIL images.
         RecordRefused: A tensor holds NaN or Inf.
     """
     from tqdm import tqdm
@@ -52,8 +53,9 @@ def import_diffsynth(source: Path, cache_dir: Root, family_name: str) -> StageRe
     if not paths:
         raise DataError(f"{source}: holds no .pth file; name the output_path of the reference's sft:data_process")
     family = load_family(family_name)
+    known = _read_record(paths[0], family)[1].keys()
+    units = _units_of(family, known)
     cache = Cache.open_or_new(cache_dir)
-    units = [unit for unit in family.units if unit.enabled_by is None]
     recipes = {unit.name: unit_recipe(unit, "imported from DiffSynth-Studio", "bfloat16") for unit in units}
     recipe_ids = {name: json_digest(recipe) for name, recipe in recipes.items()}
     committed = cache.committed_keys()
@@ -63,6 +65,8 @@ def import_diffsynth(source: Path, cache_dir: Root, family_name: str) -> StageRe
         for path in tqdm(paths, desc="import", unit="record"):
             label = path.relative_to(source).as_posix()
             shared, fields = _read_record(path, family)
+            if differing := sorted(fields.keys() ^ known):
+                raise DataError(f"{path}: has {differing[0]} where {paths[0].name} has not, or the other way round")
             keys: dict[str, str] = {}
             for unit in units:
                 arrays = storage_arrays({spec.name: fields[spec.name] for spec in unit.outputs})
@@ -87,6 +91,17 @@ def import_diffsynth(source: Path, cache_dir: Root, family_name: str) -> StageRe
     return StageResult(
         stage="import-diffsynth", state="Completed", key=snapshot.digest, path=cache.root, summary=summary
     )
+
+
+def _units_of(family: ModelFamily, fields: Iterable[str]) -> list[EncodeUnit]:
+    """Return the units that yield these fields, of those that yield the same the first."""
+    units, wanted = [], set(fields)
+    for unit in family.units:
+        names = {spec.name for spec in unit.outputs}
+        if names <= wanted:
+            units.append(unit)
+            wanted -= names
+    return units
 
 
 def _read_record(path: Path, family: ModelFamily) -> tuple[Mapping[str, Any], dict[str, Tensor]]:

@@ -219,15 +219,19 @@ def check_switches(config: RunConfig, family: ModelFamily) -> None:
             f"lora_format: {config.lora_file_format!r} has other names for the layers of family {config.family!r}, "
             f"which are not written yet; take {' or '.join(formats)}"
         )
-    known = {name for spec in family.components.values() for name in spec.switches}
-    known |= {name for unit in family.units for name in unit.switches}
-    for name in SWITCHES:
-        if getattr(config, name) and name not in known:
-            raise ConfigError(f"{name}: family {config.family!r} has no such switch; leave it out")
+    _check_known(config, family, SWITCHES)
     if config.enable_npu_patch and find_spec("torch_npu") is None:
         raise ConfigError(
             "enable_npu_patch: torch_npu is not installed; install the one of your CANN and torch, or leave it out"
         )
+
+
+def _check_known(config: RunConfig, family: ModelFamily, switches: Sequence[str]) -> None:
+    known = {name for spec in family.components.values() for name in spec.switches}
+    known |= {name for unit in family.units for name in unit.switches}
+    for name in switches:
+        if getattr(config, name) and name not in known:
+            raise ConfigError(f"{name}: family {config.family!r} has no such switch; leave it out")
 
 
 def caption_fields(split: Cut) -> tuple[str, ...]:
@@ -269,6 +273,7 @@ def plan_encoding(config: RunConfig) -> EncodePlan:
     from diffsynth_pipe.data.samples import empty_caption, list_samples
 
     family = load_family(config.family)
+    _check_known(config, family, ("framewise_decoding",))
     split = plan_cut(config, family)
     files = resolve_components(config, family, [unit.component for unit in split.cached if unit.component])
     digests = {name: component_digest(component) for name, component in files.items()}

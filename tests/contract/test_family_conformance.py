@@ -453,13 +453,15 @@ def test_a_trained_lora_gives_the_same_loss_in_a_fresh_pipeline(tiny, tmp_path):
     )
     save_file(tensors, tmp_path / "lora.safetensors", metadata)
 
-    pipeline_class = getattr(diffusers, json.loads((tiny.repo / "model_index.json").read_text())["_class_name"])
-    names = inspect.signature(pipeline_class).parameters.values()
-    others = {name.name: None for name in names if name.default is inspect.Parameter.empty}
-    pipeline = pipeline_class(**{**others, "transformer": fresh})
-    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
+    class_name = json.loads((tiny.repo / "model_index.json").read_text())["_class_name"]
+    if pipeline_class := getattr(diffusers, class_name, None):
+        names = inspect.signature(pipeline_class).parameters.values()
+        others = {name.name: None for name in names if name.default is inspect.Parameter.empty}
+        pipeline_class(**{**others, "transformer": fresh}).load_lora_weights(tmp_path / "lora.safetensors")
+    else:  # diffusers lacks the pipeline: by what its pipelines call
+        fresh.load_lora_adapter(tmp_path / "lora.safetensors", prefix=family.lora_prefix, use_safetensors=True)
     with torch.no_grad():
-        assert loss(pipeline.transformer).item() == loss(trained).item() < before
+        assert loss(fresh).item() == loss(trained).item() < before
 
 
 def test_schedule_falls_from_one_to_its_declared_end(tiny):

@@ -65,6 +65,34 @@ def test_fields_arrive_and_equal_captions_are_stored_once(source, tmp_path):
     assert import_diffsynth(source, tmp_path / "cache", "qwen_image").key == result.key
 
 
+def test_speech_to_video_comes_with_poses_if_all_records_have_them(source, tmp_path):
+    def speech(seed, *, has_poses):
+        draw = torch.Generator().manual_seed(seed)
+        first, others, poses = (torch.randn(1, 16, n, 4, 6, generator=draw).bfloat16() for n in (1, 2, 2))
+        context = torch.nn.functional.pad(torch.randn(1, 3, 64, generator=draw), (0, 0, 0, 509)).bfloat16()
+        shared = {
+            "input_latents": torch.cat([first, others], dim=2),
+            "first_frame_latents": first,
+            "s2v_pose_latents": poses if has_poses else None,
+        }
+        audio = torch.randn(1, 3, 32, 8, generator=draw).bfloat16()
+        expected = {"latents": others, "reference_latents": first, "pose_latents": poses, "audio_embeds": audio}
+        return (shared, {"context": context, "audio_embeds": audio}, {}), expected
+
+    for number in range(3):
+        torch.save(speech(number, has_poses=True)[0], source / "0" / f"{number}.pth")
+    import_diffsynth(source, tmp_path / "cache", "wan_s2v")
+    snapshot = Cache.open(tmp_path / "cache").latest()
+    assert set(snapshot.header["units"]) == {"text", "latents", "reference", "audio", "pose"}
+    _, expected = speech(1, has_poses=True)
+    found = BatchReader(snapshot, list(expected)).read([1])
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found.fields[name], value.view(torch.uint16).numpy())
+    torch.save(speech(1, has_poses=False)[0], source / "0" / "1.pth")
+    with pytest.raises(DataError, match=r"1\.pth: has pose_latents where 0\.pth has not, or the other way round$"):
+        import_diffsynth(source, tmp_path / "cache", "wan_s2v")
+
+
 class Evil:
     def __init__(self, path):
         self.path = path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import wave
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,43 @@ def test_framewise_decoding_trains_on_a_latent_frame_of_each_frame(settings):
     run = load_config(None, {"dataset_base_path": "data", "family": "qwen_image", "framewise_decoding": True})
     with pytest.raises(ConfigError, match=r"^framewise_decoding: family 'qwen_image' has no such switch; leave it out"):
         check_switches(run, load_family("qwen_image"))
+
+
+def test_speech_to_video_takes_the_columns_of_the_references_command(settings, tmp_path):
+    """As its script names them; sound of half a second, and as poses the clips the other way round."""
+    rows = json.loads((tmp_path / "clips.json").read_text())
+    with wave.open(str(tmp_path / "tone.wav"), "wb") as file:
+        file.setparams((1, 2, 16000, 8000, "NONE", ""))
+        file.writeframes(bytes(range(250)) * 64)
+    for row, other in zip(rows, [row["video"] for row in reversed(rows)], strict=True):
+        row |= {"input_audio": "tone.wav", "s2v_pose_video": other}
+    (tmp_path / "clips.json").write_text(json.dumps(rows))
+    load_family("wan_s2v").write_tiny(tmp_path / "models" / "tiny" / "s2v")
+    models = ("transformer", "text_encoder", "vae", "audio_encoder")
+    parameters = {
+        **settings("t2v"),
+        "family": "wan_s2v",
+        "data_file_keys": "video,input_audio,s2v_pose_video",
+        "extra_inputs": "input_image,input_audio,s2v_pose_video",
+        "model_id_with_origin_paths": ",".join(f"tiny/s2v:{name}/*.safetensors" for name in models),
+        "audio_processor_path": str(tmp_path / "models" / "tiny" / "s2v" / "audio_processor"),
+        "cache_path": str(tmp_path / "cache"),
+        "num_epochs": 2,
+    }
+    with pytest.raises(ConfigError, match=r"^framewise_decoding: family 'wan_s2v' has no such switch; leave it out"):
+        stages({**parameters, "framewise_decoding": True})
+    result = stages(parameters)
+    assert result.summary["num_steps"] == 4
+    snapshot = Cache.open(Path(parameters["cache_path"])).latest()
+    assert snapshot.num_records["audio"] == 2  # of the same sound, beside another clip
+    assert list(snapshot.bucket_members) == ["32x48x9+32x48x9"]
+    assert {name: min(shapes) for name, shapes in snapshot.field_shapes().items()} == {
+        "prompt_emb": (64,),
+        "latents": (16, 2, 4, 6),
+        "reference_latents": (16, 1, 4, 6),
+        "audio_embeds": (3, 32, 8),
+        "pose_latents": (16, 2, 4, 6),
+    }
 
 
 @pytest.mark.parametrize(("variant", "model"), [("t2v", "transformer"), ("t2v-a14b", "transformer_2")])

@@ -29,6 +29,7 @@ GRIDS = {
     "qwen_image": QWEN_IMAGE,
     "qwen_image_edit": QWEN_IMAGE,
     "wan": linear(FROM_ONE_TO_ZERO, 5),
+    "wan_s2v": linear(FROM_ONE_TO_ZERO, 5),
     "wan_ti2v": linear(FROM_ONE_TO_ZERO, 5),
     "z_image": linear(FROM_ONE_TO_ZERO, 3),
 }

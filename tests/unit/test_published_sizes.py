@@ -59,6 +59,16 @@ QWEN25_VL_7B = {
     },
     "tie_word_embeddings": False,
 }
+WAV2VEC2_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "vocab_size": 33,
+    "conv_bias": True,
+    "do_stable_layer_norm": True,
+    "feat_extract_norm": "layer",
+}
 MODELS = {
     "Qwen-Image and Qwen-Image-Edit": ("QwenImageTransformer2DModel", {}),
     "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}),
@@ -102,6 +112,7 @@ MODELS = {
             "out_channels": 48,
         },
     ),
+    "Wan2.2-S2V-14B": ("WanS2VTransformer3DModel", {}),
     "Qwen2.5-VL-7B": ("Qwen2_5_VLForConditionalGeneration", QWEN25_VL_7B),
     "CLIP-L text": (
         "CLIPTextModel",
@@ -109,6 +120,7 @@ MODELS = {
     ),
     "T5-XXL encoder": ("T5EncoderModel", T5_XXL),
     "UMT5-XXL encoder": ("UMT5EncoderModel", {**T5_XXL, "vocab_size": 256384}),
+    "wav2vec 2.0 large": ("Wav2Vec2ForCTC", WAV2VEC2_LARGE),
     "Qwen3-4B": (
         "Qwen3ForCausalLM",
         {**QWEN3, "hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128, "tie_word_embeddings": True},
@@ -135,9 +147,11 @@ def count_parameters(class_name, settings):
     import diffusers
     import transformers
 
+    from diffsynth_pipe.modeling import wan_s2v
+
     with torch.device("meta"):
-        if hasattr(diffusers, class_name):
-            model = getattr(diffusers, class_name)(**settings)
+        if model_class := getattr(diffusers, class_name, None) or getattr(wan_s2v, class_name, None):
+            model = model_class(**settings)
         else:
             model_class = getattr(transformers, class_name)
             model = model_class(model_class.config_class(**settings))
