@@ -23,17 +23,8 @@ from diffsynth_pipe.training.loop import Loop
 MODELS = Path(__file__).parents[1] / "template_models"
 
 
-@pytest.fixture(scope="module")
-def repositories(tmp_path_factory):
-    """Tiny repositories by family."""
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("flux2", "z_image"):
-        load_family(name).write_tiny(folder / name)
-    return folder
-
-
 @pytest.fixture
-def template_config(run_config, repositories, edit_rows, tmp_path):
+def template_config(run_config, template_repositories, edit_rows, tmp_path):
     """Return the config of a run that trains a copy of a template model, with changes."""
 
     def config(base, model, inputs, **changes):
@@ -48,7 +39,7 @@ def template_config(run_config, repositories, edit_rows, tmp_path):
         files = ("transformer/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model")
         parameters = {
             "family": base,
-            "model_paths": [str(repositories / base / f"{file}.safetensors") for file in files],
+            "model_paths": [str(template_repositories / base / f"{file}.safetensors") for file in files],
             "model_id_with_origin_paths": None,
             "max_pixels": 1024,
             "lora_base_model": None,
