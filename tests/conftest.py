@@ -50,6 +50,17 @@ def tiny_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def template_repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with tiny repositories of the families that take template models, by family."""
+    from diffsynth_pipe.contracts import load_family
+
+    folder = tmp_path_factory.mktemp("templates")
+    for name in ("flux2", "z_image"):
+        load_family(name).write_tiny(folder / name)
+    return folder
+
+
 def write_rows(folder, rows):
     with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -1,4 +1,4 @@
-"""A LoRA that is not zero on a tiny denoiser of Qwen-Image, and one forward and backward pass of it."""
+"""A tiny denoiser of Qwen-Image as diffusers loads it, a LoRA on it that is not zero, and one pass forth and back."""
 
 import torch
 
@@ -6,6 +6,12 @@ from diffsynth_pipe.contracts import load_family
 from diffsynth_pipe.training.lora import LoraSettings, add_lora
 
 FAMILY = load_family("qwen_image")
+
+
+def load_denoiser(tiny_repo, dtype=torch.float32):
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer", dtype=dtype).requires_grad_(False)
 
 
 def with_lora(model):

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from diffsynth_pipe.launch import launch_train
 from diffsynth_pipe.stages.plan import read_run
+from diffsynth_pipe.stages.train import train
 
 LENGTH = {"dataset_repeat": 30, "save_steps": 5, "checkpoints_total_limit": 1, "num_validation_samples": 0}
 
@@ -39,7 +39,7 @@ def test_a_stopped_run_goes_on_from_its_cache_to_the_same_bytes(stopped, run_con
     assert resumed.returncode == 0, resumed.stderr
     assert "data_process: Cached" in resumed.stdout
     assert "train: Resumed" in resumed.stdout
-    left_alone = launch_train(run_config(**LENGTH, output_path=str(tmp_path / "left_alone")))
+    left_alone = train(run_config(**LENGTH, task="sft:train", output_path=str(tmp_path / "left_alone")))
     assert read_run(stopped)["digests"] == left_alone.summary["digests"]
 
     moved = shutil.move(stopped, tmp_path / "moved")

@@ -97,13 +97,6 @@ def test_the_second_run_finds_everything_done(first, run):
     assert "Loading weights" not in second.stderr
 
 
-def test_another_rank_trains_again_from_the_same_cache(first, run):
-    other = run("--lora_rank", "2")
-    assert other.returncode == 0, other.stderr
-    assert "data_process: Cached" in other.stdout
-    assert "train: Completed" in other.stdout
-
-
 def test_a_wrong_parameter_is_refused_before_the_flow_starts(run):
     refused = run("--lora_rank", "0")
     assert refused.returncode == 2

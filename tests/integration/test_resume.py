@@ -1,9 +1,11 @@
 """A training that was stopped or killed goes on as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from small_trainings import LAUNCH_FILES, launch_command
 
@@ -23,8 +26,10 @@ from diffsynth_pipe.errors import ConfigError, LaunchError, RunDirBusy, Training
 from diffsynth_pipe.launch import launch_train
 from diffsynth_pipe.stages.plan import plan_train
 from diffsynth_pipe.stages.train import train
+from diffsynth_pipe.train import main
 from diffsynth_pipe.training.loop import Loop
 from diffsynth_pipe.training.run_dir import list_checkpoints, only_training, resumable
+from diffsynth_pipe.training.signals import StopSignals
 
 
 def stop_after(monkeypatch, step, send):
@@ -263,7 +268,7 @@ def test_a_state_holds_what_is_trained_and_nothing_of_the_base(parameters):
 
 def test_a_kill_at_any_moment_costs_steps_and_no_bit_of_the_result(parameters, other_output, tmp_path):
     """SIGKILL from a thread, at random moments; the run is long enough for all of them."""
-    parameters |= {"num_epochs": 8, "save_steps": 2}
+    parameters |= {"num_epochs": 8, "save_steps": 2, "num_validation_samples": 0}
     whole = train(load_config(None, parameters | {"output_path": other_output["output_path"]}))
     command = [sys.executable, "-m", "diffsynth_pipe.train"]
     command += [text for name, value in parameters.items() for text in (f"--{name}", str(value))]
@@ -275,28 +280,30 @@ def test_a_kill_at_any_moment_costs_steps_and_no_bit_of_the_result(parameters, o
         seen = []
         for line in process.stdout:
             seen.append(line)
-            if num_kills < 3 and "gathered" in line:
+            if num_kills < 2 and "gathered" in line:
                 threading.Timer(draw.random() * 0.1, process.kill).start()
         if process.wait() == 0:
             break
         assert process.returncode == -signal.SIGKILL, "".join(seen)
         num_kills += 1
-    assert num_kills == 3
+    assert num_kills == 2
     run = json.loads((run_dir / "run.json").read_text())
     assert (run_dir / run["lora_path"]).read_bytes() == lora_bytes(whole)
 
 
-def test_a_full_disk_ends_in_one_line_and_costs_no_checkpoint(parameters, tmp_path):
+def test_a_full_disk_ends_in_one_line_and_costs_no_checkpoint(parameters, capfd):
     """``RLIMIT_FSIZE`` stands for a full disk: the kernel itself refuses the write."""
     stopped_at(parameters, 2)
     run_dir = plan_train(load_config(None, parameters)).path
-    command = [sys.executable, "-m", "diffsynth_pipe.train"]
-    command += [text for name, value in parameters.items() for text in (f"--{name}", str(value))]
-    limited = ["bash", "-c", 'ulimit -f 16; exec "$@"', "bash", *command]  # 16 KiB, less than the LoRA
-    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2, done.stderr
-    assert re.search(rf"^error: step \d+ cannot be saved in {run_dir}: .*File too large", done.stderr, re.MULTILINE)
-    assert "Traceback" not in done.stderr
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, old[1]))  # less than the LoRA
+    try:
+        assert main([text for name, value in parameters.items() for text in (f"--{name}", str(value))]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    errors = capfd.readouterr().err
+    assert re.search(rf"^error: step \d+ cannot be saved in {run_dir}: .*File too large", errors, re.MULTILINE)
+    assert "Traceback" not in errors
     assert [checkpoint.step for checkpoint in resumable(run_dir)] == [2]
     assert train(load_config(None, parameters)).state == "Resumed"
 
@@ -304,7 +311,7 @@ def test_a_full_disk_ends_in_one_line_and_costs_no_checkpoint(parameters, tmp_pa
 @pytest.mark.parametrize("engine", ["ddp", "zero3_cpu_offload"])
 def test_the_number_of_ranks_may_change_on_the_way(parameters, other_output, engine):
     """One rank, then two, then one: the same samples, noise and noise levels in each step, so the same losses."""
-    changes = {"batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 1}
+    changes = {"batch_size": 1, "gradient_accumulation_steps": 2, "save_steps": 1, "num_validation_samples": 0}
     whole = train(load_config(None, other_output | changes))
     stopped_at(parameters | changes, 3)
     code, output = launch_and_stop(parameters | changes, engine, 2, stop=signal.SIGTERM)
@@ -323,7 +330,7 @@ def test_the_number_of_ranks_may_change_on_the_way(parameters, other_output, eng
 def test_a_killed_run_under_zero_ends_with_the_bits_of_an_uninterrupted_one(
     parameters, other_output, engine, world_size
 ):
-    changes = {"batch_size": 1, "save_steps": 2}
+    changes = {"batch_size": 1, "save_steps": 2, "num_validation_samples": 0}
     code, output = launch_and_stop(parameters | changes, engine, world_size, stop=signal.SIGKILL)
     assert code == -signal.SIGKILL, output
     code, output = launch_and_stop(parameters | changes, engine, world_size)
@@ -369,6 +376,29 @@ def test_ranks_stop_and_save_when_their_launcher_is_killed(parameters):
         rest = launcher.stdout.read()  # to its end: the ranks hold the other end of the pipe
     assert "stopped after step" in rest
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_rank_0_alone_saves_when_its_peers_are_gone(parameters, monkeypatch, is_main):
+    waits = []
+    peers_needed = StopSignals.peers_needed
+
+    @contextlib.contextmanager
+    def note(signals):
+        with peers_needed(signals):
+            waits.append(True)
+            yield
+            waits.pop()
+
+    def save_and_leave(loop, step):
+        assert bool(waits) is not is_main
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StopSignals, "peers_needed", note)
+    monkeypatch.setattr(Loop, "_save", save_and_leave)
+    monkeypatch.setattr(Accelerator, "is_main_process", is_main)
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(None, parameters | {"max_steps": 1}))
 
 
 def test_two_trainings_of_one_run_do_not_write_over_each_other(parameters):

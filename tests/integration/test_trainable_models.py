@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from small_trainings import LAUNCH_FILES, launch
 
 from diffsynth_pipe.errors import CacheMismatch, ConfigError
+from diffsynth_pipe.modeling.wan import tiny_dit
 from diffsynth_pipe.stages.data_process import data_process
 from diffsynth_pipe.stages.plan import plan
-from diffsynth_pipe.stages.train import train
+from diffsynth_pipe.stages.train import _unfreeze, train
 
 BOTH = {"trainable_models": "text_encoder", "lora_base_model": "dit", "learning_rate": 1e-3, "max_pixels": 1024}
 FULL = {"trainable_models": "dit", "lora_base_model": "", "learning_rate": 1e-3, "max_pixels": 1024}
@@ -156,6 +157,12 @@ def test_what_cannot_be_trained_is_refused(run_config, changes, message):
     with pytest.raises(ConfigError, match=f"^{message}"):
         train(config)
     assert not list(config.cache_dir.parent.glob("train-*/run.json"))
+
+
+def test_a_parameter_of_the_model_itself_can_be_trained_alone():
+    model = tiny_dit(16, 16)
+    _unfreeze(model, ("scale_shift_table.",), "dit")
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["scale_shift_table"]
 
 
 def test_the_run_says_which_files_it_wrote(run_config):

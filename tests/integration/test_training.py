@@ -215,27 +215,26 @@ def test_diffusers_loads_the_lora_and_gives_the_loss_that_training_ended_with(pa
     assert pipe.transformer.peft_config["default_0"].lora_alpha == 4
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_zero3_follows_the_plain_torch_loop(parameters, by_hand, tmp_path, world_size):
+def test_two_ranks_of_zero3_follow_the_plain_torch_loop(parameters, by_hand, tmp_path):
     """Two ranks with one sample each are one rank with two."""
-    parameters |= {"batch_size": 2 // world_size}
+    parameters |= {"batch_size": 1}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ZERO3]
-    command += ["--num_processes", world_size, "--main_process_port", port, "-m", "diffsynth_pipe.train"]
+    command += ["--num_processes", 2, "--main_process_port", port, "-m", "diffsynth_pipe.train"]
     done = subprocess.run(
         list(map(str, [*command, *flags(parameters)])), cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     offload = "offload optimizer=cpu param=cpu"
-    engine = f"engine DeepSpeedEngine, ZeRO stage 3, {offload}, world size {world_size}, compute float32"
+    engine = f"engine DeepSpeedEngine, ZeRO stage 3, {offload}, world size 2, compute float32"
     assert [line for line in done.stdout.splitlines() if line.startswith("engine")] == [engine]
     run_dir = only_run_dir(parameters)
     run = json.loads((run_dir / "run.json").read_text())
     lines, _ = metrics(run_dir)
     assert_follows(lines, by_hand)
-    assert (run["engine"], run["world_size"], run["num_steps"]) == (engine, world_size, 9)
+    assert (run["engine"], run["world_size"], run["num_steps"]) == (engine, 2, 9)
 
     parameters |= {"batch_size": 2, "output_path": str(tmp_path / "plain")}
     plain = train(load_config(None, parameters)).summary

@@ -63,9 +63,10 @@ def settings(tmp_path, monkeypatch):
     return make
 
 
-def stages(parameters):
-    data_process(load_config(None, {**parameters, "task": "sft:data_process"}))
-    return train(load_config(None, {**parameters, "task": "sft:train"}))
+def stages(parameters, task="sft", **changes):
+    """Run both stages; ``changes`` are of the second one alone."""
+    data_process(load_config(None, {**parameters, "task": f"{task}:data_process"}))
+    return train(load_config(None, {**parameters, **changes, "task": f"{task}:train"}))
 
 
 def test_one_cache_trains_both_experts_each_in_its_part_of_the_grid(settings, caplog):
@@ -95,17 +96,22 @@ def test_one_cache_trains_both_experts_each_in_its_part_of_the_grid(settings, ca
             assert torch.equal(value, lora[key].to(value.dtype))
 
 
+DMD2 = {"task": "dmd2", "dmd2_matching_t_min": 0.8, "dmd2_matching_t_max": 0.9}
+
+
 @pytest.mark.parametrize(
     ("model", "boundary", "message"),
     [
         ("transformer", {}, "transformer is trained at sigma 0.00498 to 1, but takes no less than 0.875"),
         ("transformer_2", {}, "transformer_2 is trained at sigma 0.00498 to 1, but takes less than 0.875"),
         ("transformer_2", {"max_timestep_boundary": 0.417}, "transformer_2 is trained at sigma 0.875 to 1"),
+        ("transformer", DMD2, "transformer is trained at sigma 0.8 to 0.9, but takes no less than 0.875"),
+        ("transformer_2", DMD2, "less than 0.875 in inference (boundary_ratio); set dmd2_matching_t_max"),
     ],
 )
 def test_an_expert_that_is_trained_beyond_its_boundary_is_told(model, boundary, message, settings, caplog):
     with caplog.at_level(logging.WARNING):
-        stages(settings("t2v-a14b", models=(model,), max_steps=1, **boundary))
+        stages(settings("t2v-a14b", models=(model,), max_steps=1), **boundary)
     assert message in caplog.text
 
 

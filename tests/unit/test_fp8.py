@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_denoisers import loss_and_gradients, with_lora
+from tiny_denoisers import load_denoiser, loss_and_gradients, with_lora
 
 from diffsynth_pipe.training.fp8 import hold_in_fp8
 
@@ -10,21 +10,15 @@ from diffsynth_pipe.training.fp8 import hold_in_fp8
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_computes_as_weights_that_were_rounded_to_fp8_and_back(tiny_repo, dtype, checkpointing):
-    from diffusers import QwenImageTransformer2DModel
-
-    def load():
-        return QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer", dtype=dtype).requires_grad_(False)
-
-    model = load()
+    model, rounded, plain = (load_denoiser(tiny_repo, dtype) for _ in range(3))
     lora, start = with_lora(model)
     hold_in_fp8(model, dtype)
     if checkpointing:
         model.enable_gradient_checkpointing()
     loss, gradients = loss_and_gradients(model, lora, dtype)
 
-    linear = [name for name, module in load().named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = [name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)]
     kept = {"proj_out", "norm_out.linear"}
-    rounded, plain = load(), load()
     for name in set(linear) - kept:
         for parameter in rounded.get_submodule(name).parameters():
             parameter.data = parameter.data.to(torch.float8_e4m3fn).to(dtype)
@@ -42,9 +36,7 @@ def test_it_computes_as_weights_that_were_rounded_to_fp8_and_back(tiny_repo, dty
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1 / 4), (torch.bfloat16, 1 / 2)])
 def test_stored_weights_shrink_and_the_lora_stays(tiny_repo, dtype, share):
-    from diffusers import QwenImageTransformer2DModel
-
-    model = QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer", dtype=dtype).requires_grad_(False)
+    model = load_denoiser(tiny_repo, dtype)
     lora, _ = with_lora(model)
 
     def num_bytes():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_denoisers import load_denoiser
 
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import load_family
@@ -24,9 +25,7 @@ def config(values):
 
 def loss_and_gradients(tiny_repo, values, between=lambda _: None):
     """Return the loss, the LoRA's gradients and how often a block ran; call ``between`` the passes on their inputs."""
-    from diffusers import QwenImageTransformer2DModel
-
-    model = QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer").requires_grad_(False)
+    model = load_denoiser(tiny_repo)
     add_lora(model, LoraSettings(targets=FAMILY.lora_target_modules, rank=4, alpha=4.0), 0)
     lora = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     generator = torch.Generator().manual_seed(0)

@@ -32,6 +32,7 @@ BY_ID = (
 SHARDS = [f"diffusion_pytorch_model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 
+TEMPLATE = {"trust_remote_code": True, "extra_inputs": "template_inputs"}
 EMPTY = (2).to_bytes(8, "little") + b"{}"
 """A safetensors file without a tensor."""
 
@@ -73,6 +74,21 @@ def test_by_id(repo):
     assert found["dit"].companions == {}
     assert found["vae"].weights == (repo / "vae/diffusion_pytorch_model.safetensors",)
     assert found["text_encoder"].companions == {"tokenizer": repo / "tokenizer"}
+
+
+def test_all_files_of_a_template_model_are_its_code_or_weights(tmp_path):
+    for name in (
+        "__init__.py",
+        "model.py",
+        "words/list.txt",
+        "model.safetensors",
+        "__pycache__/model.pyc",
+        ".git/HEAD",
+    ):
+        write(tmp_path / name)
+    files = resolve("template_model", template_model_id_or_path=str(tmp_path), **TEMPLATE)["template_model"]
+    assert files.weights == (tmp_path / "model.safetensors",)
+    assert files.code == tuple(tmp_path / name for name in ("__init__.py", "model.py", "words/list.txt"))
 
 
 def test_by_path_gives_the_same_files(repo):

@@ -155,6 +155,8 @@ def test_a_full_disk_is_one_line_that_names_what_cannot_be_written(tmp_path, fil
     with pytest.raises(LaunchError) as caught:
         write_to_full_disk(tmp_path, file)
     assert str(caught.value).startswith(f"{named.format(tmp_path)}: [Errno 28] No space left on device; ")
+    opened = {path.resolve() for path in Path("/proc/self/fd").iterdir()}
+    assert not [path for path in opened if path.is_relative_to(tmp_path)]
 
 
 def test_other_ranks_write_nothing(tmp_path, capfd):

@@ -3,19 +3,13 @@
 import pytest
 import torch
 from offloaded_weights import Watch
-from tiny_denoisers import loss_and_gradients, with_lora
+from tiny_denoisers import load_denoiser, loss_and_gradients, with_lora
 
 from diffsynth_pipe.training.lora import LoraSettings, add_lora
 from diffsynth_pipe.training.offload import offload_weights
 
 CPU = torch.device("cpu")
 LARGE = 2  # times 1024² parameters: more than the tiny denoiser has
-
-
-def load(tiny_repo):
-    from diffusers import QwenImageTransformer2DModel
-
-    return QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer").requires_grad_(False)
 
 
 def run(model, lora, **settings):
@@ -37,7 +31,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("split_threshold", [None, LARGE])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_changes_no_bit_and_computes_with_copies_alone(tiny_repo, offload_trained, split_threshold, checkpointing):
-    plain, model = load(tiny_repo), load(tiny_repo)
+    plain, model = load_denoiser(tiny_repo), load_denoiser(tiny_repo)
     expected = run(plain, with_lora(plain)[0])
     lora, _ = with_lora(model)
     if checkpointing:
@@ -60,14 +54,14 @@ def frozen_bytes(model):
 
 
 def test_one_layer_at_a_time_is_on_the_device(tiny_repo):
-    model = load(tiny_repo)
+    model = load_denoiser(tiny_repo)
     largest = max(frozen_bytes(model))
     watch = run(model, with_lora(model)[0], split_threshold=None)[2]
     assert largest <= watch.peak_bytes < 1.1 * largest  # with its bias
 
 
 def test_under_gradient_checkpointing_one_block_at_a_time_is(tiny_repo):
-    model = load(tiny_repo)
+    model = load_denoiser(tiny_repo)
     sizes = frozen_bytes(model)
     model.enable_gradient_checkpointing()
     watch = run(model, with_lora(model)[0], split_threshold=None)[2]
@@ -75,7 +69,7 @@ def test_under_gradient_checkpointing_one_block_at_a_time_is(tiny_repo):
 
 
 def test_a_module_below_the_threshold_comes_as_a_whole(tiny_repo):
-    model = load(tiny_repo)
+    model = load_denoiser(tiny_repo)
     watch = run(model, with_lora(model)[0], split_threshold=LARGE)[2]
     assert watch.peak_bytes >= sum(frozen_bytes(model))
 
@@ -83,7 +77,7 @@ def test_a_module_below_the_threshold_comes_as_a_whole(tiny_repo):
 def test_dora_finds_the_weights_that_it_reads(tiny_repo):
     results = []
     for settings in ({}, {"split_threshold": None}):
-        model = load(tiny_repo)
+        model = load_denoiser(tiny_repo)
         add_lora(model, LoraSettings(targets=("attn.to_q",), rank=4, alpha=4.0, use_dora=True), 0)
         lora = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         results.append(run(model, lora, **settings))
@@ -92,7 +86,7 @@ def test_dora_finds_the_weights_that_it_reads(tiny_repo):
 
 
 def test_weights_are_at_home_again_after_an_error(tiny_repo):
-    model = load(tiny_repo)
+    model = load_denoiser(tiny_repo)
     homes = dict(model.named_parameters())
     offload_weights(model, CPU, split_threshold=None, offload_trained=True)
     with pytest.raises(RuntimeError):

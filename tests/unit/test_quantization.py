@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from tiny_denoisers import loss_and_gradients, with_lora
+from tiny_denoisers import load_denoiser, loss_and_gradients, with_lora
 
 from diffsynth_pipe.contracts import Quantization
 from diffsynth_pipe.errors import ModelError
@@ -23,19 +23,13 @@ NF4 = (
 FP4 = (0.0, *(sign * value / 12 for value in (0.0625, 2, 3, 4, 6, 8, 12) for sign in (-1, 1)))
 
 
-def load(tiny_repo, dtype=torch.float32):
-    from diffusers import QwenImageTransformer2DModel
-
-    return QwenImageTransformer2DModel.from_pretrained(tiny_repo / "transformer", dtype=dtype).requires_grad_(False)
-
-
 def held_in_4_bits(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
 @pytest.mark.parametrize(("method", "levels"), [("bitsandbytes_nf4", NF4), ("bitsandbytes_fp4", FP4)])
 def test_weights_are_the_nearest_levels_of_their_blocks_of_64(tiny_repo, method, levels):
-    model, plain = load(tiny_repo), load(tiny_repo)
+    model, plain = load_denoiser(tiny_repo), load_denoiser(tiny_repo)
     quantize(model, Quantization(method=method), CPU)
     layer = model.transformer_blocks[0].attn.to_q
     weight = plain.transformer_blocks[0].attn.to_q.weight
@@ -52,7 +46,7 @@ def test_weights_are_the_nearest_levels_of_their_blocks_of_64(tiny_repo, method,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_it_computes_as_weights_that_were_rounded_to_4_bits_and_back(tiny_repo, dtype, checkpointing):
-    model, rounded, plain = (load(tiny_repo, dtype) for _ in range(3))
+    model, rounded, plain = (load_denoiser(tiny_repo, dtype) for _ in range(3))
     quantize(model, Quantization(method="bitsandbytes_nf4"), CPU)
     held = held_in_4_bits(model)
     assert held.keys() == {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -75,7 +69,7 @@ def test_it_computes_as_weights_that_were_rounded_to_4_bits_and_back(tiny_repo, 
 
 
 def test_dora_takes_the_norms_of_the_quantised_weights(tiny_repo):
-    model = load(tiny_repo)
+    model = load_denoiser(tiny_repo)
     quantize(model, Quantization(method="bitsandbytes_nf4"), CPU)
     layer = model.transformer_blocks[0].attn.to_q
     norms = dequantize_4bit(layer.weight.data, layer.weight.quant_state).norm(dim=1)
@@ -86,7 +80,7 @@ def test_dora_takes_the_norms_of_the_quantised_weights(tiny_repo):
 
 @pytest.mark.parametrize("excluded", [("proj_out", "img_mod.1"), ()])
 def test_weights_shrink_to_4_bits_but_for_excluded_layers(tiny_repo, excluded):
-    model = load(tiny_repo, torch.bfloat16)
+    model = load_denoiser(tiny_repo, torch.bfloat16)
     linear = {name: module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     quantize(model, Quantization(method="bitsandbytes_nf4", excluded=excluded), CPU)
     held = held_in_4_bits(model)
@@ -104,7 +98,7 @@ def test_weights_shrink_to_4_bits_but_for_excluded_layers(tiny_repo, excluded):
     ],
 )
 def test_layers_that_lead_nowhere_are_refused(tiny_repo, excluded, message):
-    model = load(tiny_repo)
+    model = load_denoiser(tiny_repo)
     if excluded is None:
         excluded = tuple(name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     with pytest.raises(ModelError, match=message) as error:

@@ -47,3 +47,10 @@ def test_states_of_a_finished_run_are_dropped_but_not_below_one_at_work(tmp_path
     run_dirs.drop_states(tmp_path)
     assert not checkpoint.state_folder.exists()
     assert (checkpoint.path / "lora").read_text() == "first"
+
+
+def test_states_stay_where_the_run_directory_cannot_be_written(tmp_path):
+    checkpoint = publish(tmp_path, "first")
+    (tmp_path / run_dirs._LOCK).mkdir()  # root, too, is refused to open it
+    run_dirs.drop_states(tmp_path)
+    assert checkpoint.is_resumable

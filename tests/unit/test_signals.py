@@ -10,10 +10,12 @@ DEADLINE_S = 60
 
 # Locked twice, a mutex holds the main thread where no handler of Python's runs, as a collective of NCCL does.
 RANK = """
-import ctypes, sys
+import contextlib, ctypes, sys
 from diffsynth_pipe.training.signals import StopSignals
 with StopSignals([int(pid) for pid in sys.argv[2:]]) as signals:
-    with signals.peers_needed():
+    with contextlib.suppress(KeyError), signals.peers_needed():
+        if sys.argv[1] == "failed":
+            raise KeyError
         if sys.argv[1] == "stuck":
             print("ready", flush=True)
             mutex = ctypes.create_string_buffer(64)
@@ -64,8 +66,9 @@ def test_a_peer_that_ends_without_a_signal_ends_nobody(peer):
         assert rank.wait(DEADLINE_S) == 0
 
 
-def test_a_rank_that_saves_needs_no_peer_and_dies_of_no_signal(peer):
-    with Rank("free", peer) as rank:
+@pytest.mark.parametrize("how", ["free", "failed"])
+def test_a_rank_that_saves_or_has_failed_needs_no_peer_and_dies_of_no_signal(peer, how):
+    with Rank(how, peer) as rank:
         for number in (signal.SIGINT, signal.SIGTERM):
             rank.send_signal(number)
         peer.kill()

@@ -15,18 +15,10 @@ CPU = torch.device("cpu")
 HEADS, CHANNELS = 4, 32
 
 
-@pytest.fixture(scope="module")
-def repositories(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("flux2", "z_image"):
-        load_family(name).write_tiny(folder / name)
-    return folder
-
-
 @pytest.fixture
-def load_dit(repositories):
+def load_dit(template_repositories):
     def load(family):
-        folder = repositories / family / "transformer"
+        folder = template_repositories / family / "transformer"
         files = ComponentFiles(weights=tuple(folder.glob("*.safetensors")), folder=folder)
         return load_family(family).components["dit"].load(files, torch.float32, CPU)
 
