@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import ComponentSpec, EncodeUnit
-from diffsynth_pipe.errors import ModelError
 from diffsynth_pipe.modeling import wan
 from diffsynth_pipe.modeling.fields import check_channels
 from diffsynth_pipe.modeling.loading import load_encoder
@@ -41,18 +40,6 @@ class ImageEncoder:
 
     model: Any
     processor: Any
-
-
-def load_vae(files: ComponentFiles, dtype: dtype, device: device) -> Any:
-    """Load the VAE.
-
-    Raises:
-        ModelError: It is that of Wan2.2-TI2V-5B.
-    """
-    vae = wan.load_vae(files, dtype, device)
-    if vae.config.scale_factor_spatial != SCALE:
-        raise ModelError(f"{files.folder}: is the VAE of Wan2.2-TI2V-5B; set family to wan_ti2v, or name another VAE")
-    return vae
 
 
 def load_image_encoder(files: ComponentFiles, dtype: dtype, device: device) -> ImageEncoder:
@@ -132,7 +119,7 @@ class Wan:
             load=load_image_encoder,
             companions=("image_processor",),
         ),
-        "vae": replace(wan.VAE, load=load_vae),
+        "vae": wan.vae(SCALE),
         "dit": replace(wan.DIT, other_subfolders=("transformer_2",)),
     }
     units: tuple[EncodeUnit, ...] = (

@@ -58,18 +58,6 @@ class AudioEncoder:
     dtype: dtype
 
 
-def load_vae(files: ComponentFiles, dtype: dtype, device: device) -> Any:
-    """Load the VAE.
-
-    Raises:
-        ModelError: It is that of Wan2.2-TI2V-5B.
-    """
-    vae = wan.load_vae(files, dtype, device)
-    if vae.config.scale_factor_spatial != SCALE:
-        raise ModelError(f"{files.folder}: is the VAE of Wan2.2-TI2V-5B; name that of Wan2.1")
-    return vae
-
-
 def load_audio_encoder(files: ComponentFiles, dtype: dtype, device: device) -> AudioEncoder:
     """Load wav2vec 2.0, and leave its head.
 
@@ -217,7 +205,7 @@ class WanSpeechToVideo:
             load=load_audio_encoder,
             companions=("audio_processor",),
         ),
-        "vae": replace(wan.VAE, load=load_vae),
+        "vae": wan.vae(SCALE),
         "dit": ComponentSpec(
             subfolder="transformer",
             class_name="WanS2VTransformer3DModel",

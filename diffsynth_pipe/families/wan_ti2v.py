@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import FIRST_FRAME_FIELD, ComponentSpec, EncodeUnit
-from diffsynth_pipe.errors import ModelError
 from diffsynth_pipe.modeling import wan
 from diffsynth_pipe.modeling.fields import check_channels
 from diffsynth_pipe.modeling.tiny import write_repository
@@ -16,26 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor, device, dtype
+    from torch import Tensor
     from torch.nn import Module
 
-    from diffsynth_pipe.contracts import Batch, ComponentFiles, Components, ModelFamily
+    from diffsynth_pipe.contracts import Batch, Components, ModelFamily
 
 SCALE = 16
 """Pixels per latent pixel."""
 CHANNELS = 48
-
-
-def load_vae(files: ComponentFiles, dtype: dtype, device: device) -> Any:
-    """Load the VAE.
-
-    Raises:
-        ModelError: It is that of the other Wan models.
-    """
-    vae = wan.load_vae(files, dtype, device)
-    if vae.config.scale_factor_spatial != SCALE:
-        raise ModelError(f"{files.folder}: is no VAE of Wan2.2-TI2V-5B; set family to wan, or name another VAE")
-    return vae
 
 
 def encode_first_frame(components: Components, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -48,7 +34,7 @@ class WanTextImageToVideo:
 
     components: Mapping[str, ComponentSpec] = {
         "text_encoder": wan.TEXT_ENCODER,
-        "vae": replace(wan.VAE, load=load_vae),
+        "vae": wan.vae(SCALE),
         "dit": wan.DIT,
     }
     units: tuple[EncodeUnit, ...] = (

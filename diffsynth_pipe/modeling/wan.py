@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cache_store.contract import FieldSpec
 from diffsynth_pipe.contracts import BlockList, ComponentSpec, EncodeUnit, FlowMatchSchedule
-from diffsynth_pipe.errors import CacheMismatch
+from diffsynth_pipe.errors import CacheMismatch, ModelError
 from diffsynth_pipe.modeling.fields import noise_unit
 from diffsynth_pipe.modeling.loading import build_denoiser, load_denoiser, load_encoder
 
@@ -67,11 +68,27 @@ def load_text_encoder(files: ComponentFiles, dtype: dtype, device: device) -> Te
     return TextEncoder(load_encoder(UMT5EncoderModel, files, dtype, device), tokenizer)
 
 
-def load_vae(files: ComponentFiles, dtype: dtype, device: device) -> Any:
-    """Load the VAE."""
+def load_vae(files: ComponentFiles, dtype: dtype, device: device, *, scale: int) -> Any:
+    """Load the VAE.
+
+    Raises:
+        ModelError: It does not make one latent pixel of ``scale`` pixels each way.
+    """
     from diffusers import AutoencoderKLWan
 
-    return load_encoder(AutoencoderKLWan, files, dtype, device)
+    vae = load_encoder(AutoencoderKLWan, files, dtype, device)
+    found = vae.config.scale_factor_spatial
+    if found != scale:
+        raise ModelError(
+            f"{files.folder}: makes latents of 1/{found} of the size, not 1/{scale}; name another VAE (1/16 is that of "
+            "Wan2.2-TI2V-5B, family wan_ti2v)"
+        )
+    return vae
+
+
+def vae(scale: int) -> ComponentSpec:
+    """Return the VAE that makes one latent pixel of this many pixels each way."""
+    return ComponentSpec(subfolder="vae", class_name="AutoencoderKLWan", load=partial(load_vae, scale=scale))
 
 
 def load_dit(files: ComponentFiles, dtype: dtype, device: device) -> Any:
@@ -209,7 +226,6 @@ def row_noise_unit(num_channels: int, scale: int) -> EncodeUnit:
 TEXT_ENCODER = ComponentSpec(
     subfolder="text_encoder", class_name="UMT5EncoderModel", load=load_text_encoder, companions=("tokenizer",)
 )
-VAE = ComponentSpec(subfolder="vae", class_name="AutoencoderKLWan", load=load_vae)
 DIT = ComponentSpec(
     subfolder="transformer",
     class_name="WanTransformer3DModel",

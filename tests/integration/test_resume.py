@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from small_trainings import LAUNCH_FILES, launch_command
 
-from diffsynth_pipe.cli import main
+from diffsynth_pipe import cli
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.errors import ConfigError, LaunchError, RunDirBusy, TrainingStopped
 from diffsynth_pipe.launch import launch_train
@@ -150,7 +150,7 @@ def test_a_run_by_relative_paths_is_resumed_from_anywhere(parameters, tmp_path, 
     monkeypatch.chdir(tmp_path.parent)
     started = []
     monkeypatch.setattr(os, "execv", lambda _, command: started.extend(command))
-    assert main(["resume", str(run_dir)]) == 0
+    assert cli.main(["resume", str(run_dir)]) == 0
     assert started[-1] == f"--config={run_dir / 'config.yaml'}"
     assert load_config(run_dir / "config.yaml", {}).output_path == str(tmp_path / "relative")
 
