@@ -260,6 +260,8 @@ def _load_models(
         for switch, turn_on in family.components[name].switches.items():
             if getattr(config, switch):
                 turn_on(module_of(component))
+        for setting in family.components[name].settings:
+            setattr(module_of(component), setting, getattr(config, setting))
     if config.resume_from_checkpoint is not None:
         prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
         load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)
