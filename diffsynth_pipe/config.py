@@ -344,7 +344,10 @@ class RunConfig(BaseModel):
         "model-specific", "nothing", None, "Tokenizer folder, or id:folder. Default: the one beside the text encoder."
     )
     processor_path: str | None = _setting(
-        "model-specific", "nothing", None, "Image processor folder, or id:folder. Default: the one beside the text encoder."
+        "model-specific",
+        "nothing",
+        None,
+        "Image processor folder, or id:folder. Default: the one beside the text encoder.",
     )
     zero_cond_t: bool = _setting(
         "model-specific",

@@ -262,8 +262,10 @@ def _load_models(
                 turn_on(module_of(component))
         for setting in family.components[name].settings:
             setattr(module_of(component), setting, getattr(config, setting))
-    if config.resume_from_checkpoint is not None:
-        prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
+    # As in the reference: helpers of a denoiser that is trained in full, such as its teacher, are of the weights before.
+    starts_alone = bool(objective.learning_rates) and not config.lora_base_model
+    prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
+    if config.resume_from_checkpoint is not None and not starts_alone:
         load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)
     outputs, helpers = _make_trainable(
         config,
@@ -276,6 +278,8 @@ def _load_models(
         device=accelerator.device,
         writes=accelerator.is_main_process,
     )
+    if config.resume_from_checkpoint is not None and starts_alone:
+        load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)
     if recompute is not None:
         denoisers = [helper for helper in helpers.values() if isinstance(helper, type(components["dit"]))]
         # A template model is told of it, and decides itself.
