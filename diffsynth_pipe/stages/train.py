@@ -262,7 +262,7 @@ def _load_models(
                 turn_on(module_of(component))
         for setting in family.components[name].settings:
             setattr(module_of(component), setting, getattr(config, setting))
-    # As in the reference: helpers of a denoiser that is trained in full, such as its teacher, are of the weights before.
+    # As in the reference: helpers of a denoiser that is trained in full, such as its teacher, have the weights before.
     starts_alone = bool(objective.learning_rates) and not config.lora_base_model
     prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
     if config.resume_from_checkpoint is not None and not starts_alone:
