@@ -84,6 +84,28 @@ TEMPLATE_COMMAND = """
 --task "sft:train"
 --trust_remote_code
 """
+DMD2_COMMAND = """
+--dataset_base_path data/diffsynth_example_dataset/flux2/FLUX.2-klein-base-4B
+--height 512
+--width 512
+--tokenizer_path "black-forest-labs/FLUX.2-klein-4B:tokenizer/"
+--dmd2_fake_score_learning_rate 1e-5
+--dmd2_discriminator_learning_rate 1e-5
+--trainable_models "dit"
+--task dmd2
+--dmd2_student_sample_steps 4
+--dmd2_student_sample_type sde
+--dmd2_student_schedule uniform
+--dmd2_student_update_freq 5
+--dmd2_matching_t_sampling uniform
+--dmd2_gan_loss_weight 0.03
+--dmd2_matching_t_min 0.001
+--dmd2_matching_t_max 0.999
+--dmd2_feature_indices 12
+--embedded_guidance 4
+--dmd2_teacher_cfg_scale 4
+--use_gradient_checkpointing
+"""
 REFERENCE_DEFAULTS = {
     "dataset_metadata_path": None,
     "dataset_repeat": 1,
@@ -333,7 +355,9 @@ def test_the_script_runs_the_references_commands_word_for_word(command):
     assert f" {' '.join(shlex.split(command))} $EXTRA_FLAGS " in f" {' '.join(words)} "
 
 
-@pytest.mark.parametrize("command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND, TEMPLATE_COMMAND])
+@pytest.mark.parametrize(
+    "command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND, TEMPLATE_COMMAND, DMD2_COMMAND]
+)
 def test_the_references_commands_parse_as_they_stand(command):
     words = shlex.split(command)
     parsed = parse(words)
