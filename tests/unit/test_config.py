@@ -355,9 +355,7 @@ def test_the_script_runs_the_references_commands_word_for_word(command):
     assert f" {' '.join(shlex.split(command))} $EXTRA_FLAGS " in f" {' '.join(words)} "
 
 
-@pytest.mark.parametrize(
-    "command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND, TEMPLATE_COMMAND, DMD2_COMMAND]
-)
+@pytest.mark.parametrize("command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND, TEMPLATE_COMMAND, DMD2_COMMAND])
 def test_the_references_commands_parse_as_they_stand(command):
     words = shlex.split(command)
     parsed = parse(words)
