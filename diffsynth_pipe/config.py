@@ -103,11 +103,17 @@ def _say_what_validators_know(schema: dict[str, Any]) -> None:
 
 _PATHS = (
     *("dataset_base_path", "dataset_metadata_path", "model_paths"),
-    *("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path", "audio_processor_path"),
+    "audio_processor_path",
     *("resume_from_checkpoint", "lora_checkpoint", "preset_lora_path", "output_path", "cache_path"),
     *("cache_copies_path", "nvme_path", "accelerate_config_file", "fp8_models", "offload_models"),
 )
 """Fields that hold a path, or a list of paths; the last two may also name a model by its id."""
+
+_FOLDERS = (
+    *("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path"),
+    "template_model_id_or_path",
+)
+"""Fields that hold the path of a folder, or name one as ``MODEL_ID:FOLDER/``."""
 
 
 class RunConfig(BaseModel):
@@ -336,16 +342,25 @@ class RunConfig(BaseModel):
     )
 
     tokenizer_path: str | None = _setting(
-        "model-specific", "nothing", None, "Tokenizer folder. Default: the one beside the text encoder."
+        "model-specific", "nothing", None, "Tokenizer folder, or id:folder. Default: the one beside the text encoder."
     )
     processor_path: str | None = _setting(
-        "model-specific", "nothing", None, "Image processor folder. Default: the one beside the text encoder."
+        "model-specific",
+        "nothing",
+        None,
+        "Image processor folder, or id:folder. Default: the one beside the text encoder.",
     )
     zero_cond_t: bool = _setting(
         "model-specific",
         "weights",
         False,
         "Qwen-Image-Edit-2511: timestep 0 for the images to be edited. Weights whose config.json says so do it anyway.",
+    )
+    embedded_guidance: NonNegative = _setting(
+        "model-specific",
+        "weights",
+        1.0,
+        "FLUX.1, FLUX.2: the guidance that a denoiser with an embedding of it is told. FLUX.2-klein has none.",
     )
     initialize_model_on_cpu: bool = _setting(
         "model-specific", "nothing", False, "Load the weights on the CPU, then move them. DeepSpeed always does."
@@ -513,8 +528,8 @@ class RunConfig(BaseModel):
     dmd2_discriminator_num_blocks: Count | None = _dmd2(
         None, "The discriminator sees only the first so many blocks; the middle is theirs. Default: all."
     )
-    dmd2_teacher_cfg_scale: NonNegative | None = _dmd2(
-        None, "Guidance scale of the teacher, against the empty caption. Default: none, as with 1."
+    dmd2_teacher_cfg_scale: Annotated[float, Field(ge=1)] = _dmd2(
+        1.0, "Guidance scale of the teacher, against the empty caption. 1: none."
     )
     dmd2_student_grad_clip_norm: NonNegative = _dmd2(
         10.0, "In place of max_grad_norm in the student's steps. 0: no limit."
@@ -823,8 +838,8 @@ class RunConfig(BaseModel):
     def _template_model(self) -> Self:
         path, message = self.template_model_id_or_path, None
         if path is None:
-            if self.enable_lora_hot_loading:
-                message = "enable_lora_hot_loading: has no effect without template_model_id_or_path; set it too"
+            idle = [name for name in ("enable_lora_hot_loading", "trust_remote_code") if getattr(self, name)]
+            message = f"{idle[0]}: has no effect without template_model_id_or_path; set it too" if idle else None
         elif not self.trust_remote_code:
             message = (
                 f"template_model_id_or_path: the model.py of {path!r} would be run with all your rights; read it, then "
@@ -937,13 +952,16 @@ class RunConfig(BaseModel):
     def keyed(self, affects: Affects) -> dict[str, Any]:
         """Return the JSON values of the fields that decide this.
 
-        ``task`` comes without its stage: both stages in one command train the same weights as two commands. With
+        ``task`` comes without its stage: both stages in one command train the same weights as two commands. Of two
+        parameters that mean the same, ``lora_format`` tells. With
         ``early_stopping_patience`` the weights also depend on when and on what validation takes place.
         """
         names = set(fields_that_affect(affects))
         if affects == "weights" and self.early_stopping_patience is not None:
             names |= {"num_validation_samples", "validation_steps", "save_steps"}
         values = self.model_dump(mode="json", include=names)
+        if "lora_format" in values:
+            values |= {"lora_format": self.lora_file_format, "align_to_opensource_format": False}
         return values | {"task": self.task_name} if "task" in values else values
 
     def with_absolute_paths(self) -> Self:
@@ -965,8 +983,10 @@ class RunConfig(BaseModel):
                 f"{json.dumps(entry) if isinstance(entry, list) else entry}:{held.method}/{','.join(held.excluded)}"
                 for entry, held in options
             )
-        if self.template_model_id_or_path and Path(self.template_model_id_or_path).is_dir():
-            changes["template_model_id_or_path"] = absolute(self.template_model_id_or_path)
+        for name in _FOLDERS:
+            folder = getattr(self, name)
+            if folder and (":" not in folder or Path(folder).is_dir()):
+                changes[name] = absolute(folder)
         return self.model_copy(update=changes)
 
     def save(self, path: Path) -> None:

@@ -211,6 +211,7 @@ class ComponentSpec:
         build: Builds it from the ``config.json`` of its folder with new weights, in the current default dtype; for
             components that are trained, which ZeRO-3 fills shard by shard.
         switches: What the boolean RunConfig fields of these names do to the loaded model, when they are set.
+        settings: RunConfig fields whose values the loaded model gets as attributes, for ``predict_velocity``.
         other_class_names: What else ``config.json`` may call it; ``load`` tells them apart.
         lora_layers: The values of ``lora_format`` that are written, each with its layers.
     """
@@ -223,6 +224,7 @@ class ComponentSpec:
     other_subfolders: tuple[str, ...] = ()
     build: Callable[[Path], Module] | None = None
     switches: Mapping[str, Callable[[Module], None]] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
     other_class_names: tuple[str, ...] = ()
     lora_layers: Mapping[str, LoraLayers] = field(default_factory=lambda: {"diffusers": {}})
 

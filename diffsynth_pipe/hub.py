@@ -145,20 +145,7 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
 
 def _template_files(config: RunConfig) -> ComponentFiles:
     """Find the folder of the template model; download it, if it is named by its id and not here."""
-    text = config.template_model_id_or_path or ""
-    folder, model_id, subfolder = Path(text).absolute(), "", PurePosixPath()
-    if not folder.is_dir():
-        model_id, _, rest = text.partition(":")
-        subfolder = PurePosixPath(rest)
-        if ":" not in text or any(
-            path.is_absolute() or ".." in path.parts for path in (PurePosixPath(text), subfolder)
-        ):
-            raise ConfigError(
-                f"template_model_id_or_path: {text!r} is neither a folder nor 'MODEL_ID:' nor 'MODEL_ID:FOLDER/'"
-            )
-        folder = _models_folder() / model_id / subfolder
-        if not (folder / "model.py").is_file() or (folder / UNFINISHED).exists():
-            _download(f"template_model_id_or_path: {text}", model_id, folder, [str(subfolder / "*")])
+    folder = _named_folder("template_model_id_or_path", config.template_model_id_or_path or "", "model.py")
     if not (folder / "model.py").is_file():
         raise ModelFileMissing(f"template_model_id_or_path: {folder / 'model.py'} does not exist; correct the path")
     files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -172,6 +159,26 @@ def _template_files(config: RunConfig) -> ComponentFiles:
         folder=folder,
         code=tuple(file for file in files if file.suffix != ".safetensors"),
     )
+
+
+def _named_folder(parameter: str, text: str, file: str = "") -> Path:
+    """Find a folder that is named by its path or as ``MODEL_ID:FOLDER/``; download it, if it lacks this file.
+
+    Raises:
+        ConfigError: It is neither.
+        ModelFileMissing: It is not here and was not downloaded.
+    """
+    folder = Path(text).absolute()
+    if folder.is_dir():
+        return folder
+    model_id, _, rest = text.partition(":")
+    subfolder = PurePosixPath(rest)
+    if ":" not in text or any(path.is_absolute() or ".." in path.parts for path in (PurePosixPath(text), subfolder)):
+        raise ConfigError(f"{parameter}: {text!r} is neither a folder nor 'MODEL_ID:' nor 'MODEL_ID:FOLDER/'")
+    folder = _models_folder() / model_id / subfolder
+    if not (folder / file).exists() or (folder / UNFINISHED).exists():
+        _download(f"{parameter}: {text}", model_id, folder, [str(subfolder / "*")])
+    return folder
 
 
 def _check_pipeline(index: Path, family: ModelFamily, config: RunConfig) -> None:
@@ -268,9 +275,7 @@ def _component_files(source: _Source, spec: ComponentSpec, config: RunConfig) ->
     companions = {name: source.folder.parent / name for name in spec.companions}
     for parameter, name in COMPANION_PARAMETERS.items():
         if name in companions and (path := getattr(config, parameter)):
-            companions[name] = Path(path).absolute()
-            if not companions[name].is_dir():
-                raise ModelFileMissing(f"{parameter}: {companions[name]} does not exist; correct the path")
+            companions[name] = _named_folder(parameter, path)
     _fetch(source, companions)
     weights = source.weights()
     shards = _indexed_shards(weights)

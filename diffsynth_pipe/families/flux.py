@@ -25,7 +25,7 @@ NUM_CLIP_TOKENS = 77
 NUM_T5_TOKENS = 512
 """Prompts are padded to this length and the denoiser sees the padding, for which T5 yields no constant."""
 GUIDANCE = 1.0
-"""What the denoiser is told in training, as the reference does: the data are samples without guidance."""
+"""What the denoiser is told unless it has ``embedded_guidance``: the data are samples without guidance."""
 PATCH = 2
 """Latent pixels per side of one denoiser token."""
 ORIGINAL_LAYERS: LoraLayers = {
@@ -163,6 +163,7 @@ class Flux:
             class_name="FluxTransformer2DModel",
             load=load_dit,
             build=build_dit,
+            settings=("embedded_guidance",),
             lora_layers={"diffusers": {}, "diffsynth": DIFFSYNTH_LAYERS, "comfyui": ORIGINAL_LAYERS},
         ),
     }
@@ -227,6 +228,7 @@ class Flux:
         import torch
 
         dit: Any = models["dit"]
+        guidance = getattr(dit, "embedded_guidance", GUIDANCE)
         count, channels, height, width = noisy.shape
         rows, columns = height // PATCH, width // PATCH
         patches = noisy.reshape(count, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
@@ -237,7 +239,7 @@ class Flux:
             encoder_hidden_states=text,
             pooled_projections=batch.fields["pooled_prompt_emb"].to(noisy.dtype),
             timestep=sigma,
-            guidance=torch.full_like(sigma, GUIDANCE) if dit.config.guidance_embeds else None,
+            guidance=torch.full_like(sigma, guidance) if dit.config.guidance_embeds else None,
             img_ids=positions.to(noisy.device),
             txt_ids=torch.zeros(text.shape[1], 3, device=noisy.device),
             return_dict=False,

@@ -31,7 +31,7 @@ SYSTEM_MESSAGE = (
 )
 """What Mistral 3 is told before the prompt."""
 GUIDANCE = 1.0
-"""What a denoiser with an embedded guidance is told in training, as the reference does."""
+"""What a denoiser with an embedded guidance is told unless it has ``embedded_guidance``."""
 LATENT_DIMS = ("channel", "height", "width")
 ORIGINAL_LAYERS: LoraLayers = {
     "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{name}" for name in "qkv"),
@@ -186,6 +186,7 @@ class Flux2:
             class_name="Flux2Transformer2DModel",
             load=load_dit,
             build=build_dit,
+            settings=("embedded_guidance",),
             lora_layers={"diffusers": {}, "diffsynth": {}, "comfyui": ORIGINAL_LAYERS},
         ),
         **templates.component(put_kv_cache),
@@ -248,6 +249,7 @@ class Flux2:
         import torch
 
         dit: Any = models["dit"]
+        guidance = getattr(dit, "embedded_guidance", GUIDANCE)
         text = batch.fields["prompt_emb"].to(noisy.dtype)
         # Positions are (time, row, column, index in the text).
         zero, (rows, columns) = torch.arange(1), map(torch.arange, noisy.shape[-2:])
@@ -255,7 +257,7 @@ class Flux2:
             hidden_states=noisy.flatten(2).transpose(1, 2),
             encoder_hidden_states=text,
             timestep=sigma,
-            guidance=torch.full_like(sigma, GUIDANCE) if dit.config.guidance_embeds else None,
+            guidance=torch.full_like(sigma, guidance) if dit.config.guidance_embeds else None,
             img_ids=torch.cartesian_prod(zero, rows, columns, zero).to(noisy.device),
             txt_ids=torch.cartesian_prod(zero, zero, zero, torch.arange(text.shape[1])).to(noisy.device),
             return_dict=False,

@@ -44,8 +44,8 @@ State = Literal["Cached", "Resumed", "Completed"]
 
 STATE_OF_VERDICT: Mapping[Verdict, State] = {"hit": "Cached", "resume": "Resumed", "build": "Completed"}
 
-SWITCHES = ("zero_cond_t", "framewise_decoding", "enable_npu_patch")
-"""The RunConfig fields that ``ComponentSpec.switches`` and ``EncodeUnit.switches`` may name."""
+SWITCHES = ("zero_cond_t", "framewise_decoding", "enable_npu_patch", "embedded_guidance")
+"""The RunConfig fields that ``switches`` and ``settings`` of a ``ComponentSpec`` or an ``EncodeUnit`` may name."""
 
 TRAIN_VERSION = 1
 """Part of a training run's key; bumped by hand when the code changes the trained weights."""
@@ -227,10 +227,10 @@ def check_switches(config: RunConfig, family: ModelFamily) -> None:
 
 
 def _check_known(config: RunConfig, family: ModelFamily, switches: Sequence[str]) -> None:
-    known = {name for spec in family.components.values() for name in spec.switches}
+    known = {name for spec in family.components.values() for name in (*spec.switches, *spec.settings)}
     known |= {name for unit in family.units for name in unit.switches}
     for name in switches:
-        if getattr(config, name) and name not in known:
+        if getattr(config, name) != type(config).model_fields[name].default and name not in known:
             raise ConfigError(f"{name}: family {config.family!r} has no such switch; leave it out")
 
 
@@ -247,7 +247,7 @@ def reads_empty_caption(config: RunConfig) -> str | None:
     """Return the parameter for whose sake a run reads the record of the empty caption; None if it does not."""
     if config.caption_dropout:
         return "caption_dropout"
-    return "dmd2_teacher_cfg_scale" if config.dmd2_teacher_cfg_scale not in (None, 1.0) else None
+    return "dmd2_teacher_cfg_scale" if config.dmd2_teacher_cfg_scale != 1 else None
 
 
 def check_empty_caption(config: RunConfig, split: Cut) -> None:

@@ -260,8 +260,12 @@ def _load_models(
         for switch, turn_on in family.components[name].switches.items():
             if getattr(config, switch):
                 turn_on(module_of(component))
-    if config.resume_from_checkpoint is not None:
-        prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
+        for setting in family.components[name].settings:
+            setattr(module_of(component), setting, getattr(config, setting))
+    # As in the reference: helpers of a denoiser that is trained in full, such as its teacher, have the weights before.
+    starts_alone = bool(objective.learning_rates) and not config.lora_base_model
+    prefixes = ["pipe.dit.", "dit.", f"{family.lora_prefix}."]
+    if config.resume_from_checkpoint is not None and not starts_alone:
         load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)
     outputs, helpers = _make_trainable(
         config,
@@ -274,6 +278,8 @@ def _load_models(
         device=accelerator.device,
         writes=accelerator.is_main_process,
     )
+    if config.resume_from_checkpoint is not None and starts_alone:
+        load_checkpoint(components["dit"], Path(config.resume_from_checkpoint), prefixes)
     if recompute is not None:
         denoisers = [helper for helper in helpers.values() if isinstance(helper, type(components["dit"]))]
         # A template model is told of it, and decides itself.

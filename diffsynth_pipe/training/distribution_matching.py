@@ -60,7 +60,7 @@ class DistributionMatching:
         student = Turn(name="student", max_grad_norm=config.dmd2_student_grad_clip_norm or math.inf)
         critic = Turn(name="critic", max_grad_norm=config.max_grad_norm, of_helpers=True)
         self.turns: tuple[Turn, ...] = (student, *[critic] * (config.dmd2_student_update_freq - 1))
-        self.guidance = 1.0 if config.dmd2_teacher_cfg_scale is None else config.dmd2_teacher_cfg_scale
+        self.guidance = config.dmd2_teacher_cfg_scale
         self.needs_empty_caption = self.guidance != 1
         self.empty_caption: Batch | None = None
         self.lineage: Mapping[str, object] = {

@@ -126,7 +126,7 @@ class SigmaDistribution:
         # The reference hands the model the rounded timestep, and looks up the level nearest to it, the first of two.
         timestep = (1000 * sigma).bfloat16()
         sigma = self._grid[(1000 * self._grid - timestep[:, None]).abs().argmin(1)]
-        return NoiseLevel(sigma, (timestep / 1000).float(), self._weights(sigma))
+        return NoiseLevel(sigma, timestep.float() / 1000, self._weights(sigma))
 
     def _continuous(self, u: Tensor, num_tokens: int) -> Tensor:
         """Return the quantile at 1-u of the distribution, cut to the range of the run."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from plain_dmd2 import PlainDMD2
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_trainings import LAUNCH_FILES, launch, write_cache
 
 from cache_store.reader import BatchReader
@@ -19,6 +19,7 @@ from cache_store.store import Cache
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.errors import CacheMismatch, TrainingStopped
 from diffsynth_pipe.stages.train import train
+from diffsynth_pipe.training.distribution_matching import DistributionMatching
 from diffsynth_pipe.training.loop import Loop
 from diffsynth_pipe.training.randomness import SampleDraws
 from diffsynth_pipe.training.run_dir import resumable
@@ -293,3 +294,32 @@ def test_guidance_needs_the_empty_caption(distillation, tmp_path):
     cache = write_cache(tmp_path / "without")
     with pytest.raises(CacheMismatch, match=r"no record of the empty caption, which dmd2_teacher_cfg_scale needs; run"):
         train(load_config(None, {**distillation, "dataset_base_path": str(cache)}))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
+def test_a_student_that_is_trained_in_full_starts_from_a_checkpoint_alone(
+    distillation, dit_only, tmp_path, monkeypatch, full
+):
+    """As in the reference; beside LoRAs it takes the place of the base that all three share."""
+    base = load_file(dit_only / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in base.items()}, tmp_path / "step-9.safetensors")
+    if full:
+        distillation = {name: value for name, value in distillation.items() if not name.startswith("lora_")}
+        distillation["trainable_models"] = "dit"
+    loss, found = DistributionMatching.loss, {}
+
+    def spy(self, models, *arguments):
+        if not found:
+            for name in ("dit", "dit_teacher", "dit_fake_score"):
+                weights = {
+                    part.replace(".base_layer", ""): tensor for part, tensor in models[name].state_dict().items()
+                }
+                found[name] = float(weights["transformer_blocks.0.attn.to_q.weight"].sum())
+        return loss(self, models, *arguments)
+
+    monkeypatch.setattr(DistributionMatching, "loss", spy)
+    start = {"resume_from_checkpoint": str(tmp_path / "step-9.safetensors"), "max_steps": 1}
+    train(load_config(None, distillation | start))
+    plain = float(base["transformer_blocks.0.attn.to_q.weight"].sum())
+    helpers = plain if full else 2 * plain
+    assert found == pytest.approx({"dit": 2 * plain, "dit_teacher": helpers, "dit_fake_score": helpers}, rel=1e-5)

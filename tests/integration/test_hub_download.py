@@ -27,6 +27,7 @@ from diffsynth_pipe.hub import resolve_components
 named = {"model_id_with_origin_paths": sys.argv[2]}
 if sys.argv[1] == "template_model":
     named = {"template_model_id_or_path": sys.argv[2], "trust_remote_code": True, "extra_inputs": "template_inputs"}
+named |= dict(text.split("=") for text in sys.argv[3:])
 config = RunConfig(dataset_base_path=".", **named)
 try:
     found = resolve_components(config, load_family("qwen_image"), [sys.argv[1]])
@@ -196,9 +197,9 @@ def resolve(hub, tmp_path):
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
 
-    def run(name, entries, **variables):
+    def run(name, entries, *parameters, **variables):
         hub.requests, hub.listings = [], 0
-        command = [sys.executable, "-c", RESOLVE, name, entries]
+        command = [sys.executable, "-c", RESOLVE, name, entries, *parameters]
         ended = subprocess.run(
             command, env=environment | variables, capture_output=True, text=True, timeout=120, cwd=tmp_path
         )
@@ -336,3 +337,14 @@ def test_a_template_model_is_fetched_as_a_whole_and_nothing_else(hub, resolve, m
 def test_from_hugging_face(hub, resolve, models, dit_files):
     assert len(resolve("dit", DIT, DIFFSYNTH_DOWNLOAD_SOURCE="huggingface")["weights"]) > 2
     assert models() == hub.requested() == dit_files
+
+
+def test_a_tokenizer_named_by_its_id_is_fetched(hub, resolve, models):
+    """As the reference's commands for FLUX.2 name it."""
+    (hub.folder / "tokenizer").rename(hub.folder / "words")
+    named = "tokenizer_path=org/model:words/"
+    expected = {hub.name(file) for folder in ("text_encoder", "words") for file in hub.files(folder)}
+    assert "weights" in resolve("text_encoder", TEXT_ENCODER, named)
+    assert models() == hub.requested() == expected
+    assert "weights" in resolve("text_encoder", TEXT_ENCODER, named)
+    assert (hub.requests, hub.listings) == ([], 0), "all is here and whole"

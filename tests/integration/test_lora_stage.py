@@ -64,20 +64,17 @@ def test_a_preset_lora_trains_the_difference(parameters, tiny_repo, tmp_path):
     assert len({first["key"], second["key"]}) == 2
 
 
-def test_flux_is_saved_under_kohyas_names_where_the_references_flag_asks_for_them(tmp_path, monkeypatch):
-    """To diffusers the file is the one with its own names."""
-    from diffusers import FluxPipeline, FluxTransformer2DModel
-
+@pytest.fixture
+def flux_parameters(tmp_path, monkeypatch):
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", str(tmp_path / "models"))
     monkeypatch.setenv("DIFFSYNTH_SKIP_DOWNLOAD", "True")
-    repository = tmp_path / "models" / "tiny" / "flux"
-    load_family("flux").write_tiny(repository)
+    load_family("flux").write_tiny(tmp_path / "models" / "tiny" / "flux")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "metadata.csv").write_text(
         f"image,prompt\n{write_media(tmp_path / 'data', 'image', 0)},a photo\n"
     )
     parts = ("transformer", "text_encoder", "text_encoder_2", "vae")
-    parameters = {
+    return {
         "family": "flux",
         "dataset_base_path": str(tmp_path / "data"),
         "dataset_metadata_path": str(tmp_path / "data" / "metadata.csv"),
@@ -92,6 +89,27 @@ def test_flux_is_saved_under_kohyas_names_where_the_references_flag_asks_for_the
         "num_epochs": 3,
         "num_validation_samples": 0,
     }
+
+
+def test_flux_is_told_the_embedded_guidance(flux_parameters, monkeypatch):
+    from diffusers import FluxTransformer2DModel
+
+    forward, told = FluxTransformer2DModel.forward, set()
+    monkeypatch.setattr(
+        FluxTransformer2DModel,
+        "forward",
+        lambda *args, **kwargs: told.update(kwargs["guidance"].tolist()) or forward(*args, **kwargs),
+    )
+    run(flux_parameters, embedded_guidance=4, max_steps=1)
+    assert told == {4.0}
+
+
+def test_flux_is_saved_under_kohyas_names_where_the_references_flag_asks_for_them(flux_parameters, tmp_path):
+    """To diffusers the file is the one with its own names."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    repository = tmp_path / "models" / "tiny" / "flux"
+    parameters = flux_parameters
 
     def fused(path):
         dit = FluxTransformer2DModel.from_pretrained(repository / "transformer")

@@ -270,16 +270,20 @@ def test_two_ranks_of_zero3_train_as_one_does(template_config, zero3, tmp_path):
         ({"trust_remote_code": False}, "template_model_id_or_path: the model.py of .* read it, then set trust_remote"),
         ({"extra_inputs": None}, "template_model_id_or_path: reads the column template_inputs; name it in extra_in"),
         (
-            {"template_model_id_or_path": None, "extra_inputs": None},
+            {"template_model_id_or_path": None, "trust_remote_code": False, "extra_inputs": None},
             "trainable_models: names the template_model; set template_model_id_or_path too",
         ),
         (
-            {"template_model_id_or_path": None, "trainable_models": "dit"},
+            {"template_model_id_or_path": None, "trust_remote_code": False, "trainable_models": "dit"},
             "extra_inputs: names template_inputs; set template_model_id_or_path, which reads them",
         ),
         (
             {"template_model_id_or_path": None, "enable_lora_hot_loading": True},
             "enable_lora_hot_loading: has no effect without template_model_id_or_path; set it too",
+        ),
+        (
+            {"template_model_id_or_path": None, "extra_inputs": None},
+            "trust_remote_code: has no effect without template_model_id_or_path; set it too",
         ),
         ({"trainable_models": "template_processor"}, "trainable_models: flux2 has no 'template_processor', only text"),
         (

@@ -84,6 +84,28 @@ TEMPLATE_COMMAND = """
 --task "sft:train"
 --trust_remote_code
 """
+DMD2_COMMAND = """
+--dataset_base_path data/diffsynth_example_dataset/flux2/FLUX.2-klein-base-4B
+--height 512
+--width 512
+--tokenizer_path "black-forest-labs/FLUX.2-klein-4B:tokenizer/"
+--dmd2_fake_score_learning_rate 1e-5
+--dmd2_discriminator_learning_rate 1e-5
+--trainable_models "dit"
+--task dmd2
+--dmd2_student_sample_steps 4
+--dmd2_student_sample_type sde
+--dmd2_student_schedule uniform
+--dmd2_student_update_freq 5
+--dmd2_matching_t_sampling uniform
+--dmd2_gan_loss_weight 0.03
+--dmd2_matching_t_min 0.001
+--dmd2_matching_t_max 0.999
+--dmd2_feature_indices 12
+--embedded_guidance 4
+--dmd2_teacher_cfg_scale 4
+--use_gradient_checkpointing
+"""
 REFERENCE_DEFAULTS = {
     "dataset_metadata_path": None,
     "dataset_repeat": 1,
@@ -127,6 +149,7 @@ REFERENCE_DEFAULTS = {
     "tokenizer_path": None,
     "processor_path": None,
     "zero_cond_t": False,
+    "embedded_guidance": 1.0,
     "align_to_opensource_format": False,
     "framewise_decoding": False,
     "initialize_model_on_cpu": False,
@@ -188,6 +211,7 @@ OTHER_VALUES = {
     "tokenizer_path": ("tokenizer", "tokenizer", "nothing"),
     "processor_path": ("processor", "processor", "nothing"),
     "zero_cond_t": ("true", True, "weights"),
+    "embedded_guidance": ("4", 4.0, "weights"),
     "initialize_model_on_cpu": ("true", True, "nothing"),
     "align_to_opensource_format": ("true", True, "weights"),
     "framewise_decoding": ("true", True, "cache"),
@@ -265,6 +289,7 @@ OTHER_VALUES = {
 }
 LOGIT_NORMAL = {"timestep_sampling": "logit_normal"}
 DMD2 = {"task": "dmd2"}
+BOTH_OR_NEITHER = {"height", "width", "template_model_id_or_path", "trust_remote_code"}
 TRUSTED = {"trust_remote_code": "true", "extra_inputs": "template_inputs"}
 PARTNER = {
     "align_to_opensource_format": {"lora_base_model": "dit"},
@@ -280,6 +305,7 @@ PARTNER = {
     "cpu_offload_split_threshold": {"enable_model_cpu_offload": "true"},
     "gradient_checkpointing_backend": {"use_gradient_checkpointing": "true"},
     "template_model_id_or_path": TRUSTED,
+    "trust_remote_code": {"template_model_id_or_path": "brightness", "extra_inputs": "template_inputs"},
     "enable_lora_hot_loading": {"template_model_id_or_path": "brightness", **TRUSTED},
     "swanlab_project": {"enable_swanlab_log": "true"},
     "wandb_project": {"enable_wandb_log": "true"},
@@ -329,7 +355,7 @@ def test_the_script_runs_the_references_commands_word_for_word(command):
     assert f" {' '.join(shlex.split(command))} $EXTRA_FLAGS " in f" {' '.join(words)} "
 
 
-@pytest.mark.parametrize("command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND, TEMPLATE_COMMAND])
+@pytest.mark.parametrize("command", [FULL_COMMAND, DATA_PROCESS_COMMAND, TRAIN_COMMAND, TEMPLATE_COMMAND, DMD2_COMMAND])
 def test_the_references_commands_parse_as_they_stand(command):
     words = shlex.split(command)
     parsed = parse(words)
@@ -391,7 +417,8 @@ def test_flags_yaml_and_schema_have_the_same_names_and_defaults():
 
 @pytest.mark.parametrize(("name", "other"), [(name, OTHER_VALUES[name][0]) for name in OTHER_VALUES])
 def test_a_field_changes_only_the_key_that_it_decides(name, other):
-    before = config(**{key: value for key, value in PARTNER.get(name, {}).items() if key not in ("height", "width")})
+    partner = PARTNER.get(name, {})
+    before = config(**{key: value for key, value in partner.items() if not {key, name} <= BOTH_OR_NEITHER})
     after = config(**PARTNER.get(name, {}) | {name: other})
     changed = [kind for kind in ("cache", "weights", "nothing") if before.keyed(kind) != after.keyed(kind)]
     decides = OTHER_VALUES[name][2]
@@ -401,6 +428,12 @@ def test_a_field_changes_only_the_key_that_it_decides(name, other):
 def test_every_field_is_in_one_key():
     keys = [config().keyed(kind) for kind in ("cache", "weights", "nothing")]
     assert sorted(name for key in keys for name in key) == sorted(RunConfig.model_fields)
+
+
+def test_the_references_name_of_a_lora_format_shares_its_key():
+    lora = {"lora_base_model": "dit"}
+    aligned, named = config(align_to_opensource_format=True, **lora), config(lora_format="comfyui", **lora)
+    assert aligned.keyed("weights") == named.keyed("weights") != config(**lora).keyed("weights")
 
 
 def test_both_stages_in_one_command_train_the_same_weights_as_two_commands():
@@ -741,6 +774,8 @@ def test_absolute_paths_keep_ids_and_the_models_that_other_parameters_repeat(tmp
             "tokenizer_2_path": "t5",
         },
     ).with_absolute_paths()
+    by_id = load_config(None, {"dataset_base_path": "photos", "tokenizer_path": "tiny/Qwen-Image:tokenizer/"})
+    assert by_id.with_absolute_paths().tokenizer_path == by_id.tokenizer_path
     (tmp_path / "brightness").mkdir()
     for template, absolute in (("brightness", str(tmp_path / "brightness")), ("org/brightness:", "org/brightness:")):
         named = {"template_model_id_or_path": template, "dataset_base_path": "photos", **TRUSTED}

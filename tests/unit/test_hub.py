@@ -288,7 +288,7 @@ def test_tokenizer_path_overrides_the_sibling(repo, tmp_path):
         resolve("text_encoder", model_id_with_origin_paths=BY_ID)
     found = resolve("text_encoder", model_id_with_origin_paths=BY_ID, tokenizer_path="words")
     assert found["text_encoder"].companions == {"tokenizer": tmp_path / "words"}
-    with pytest.raises(ModelFileMissing, match="nowhere does not exist"):
+    with pytest.raises(ConfigError, match=r"^tokenizer_path: 'nowhere' is neither a folder nor 'MODEL_ID:' nor"):
         resolve("text_encoder", model_id_with_origin_paths=BY_ID, tokenizer_path="nowhere")
 
 
@@ -311,7 +311,7 @@ def test_the_tokenizers_of_flux_have_paths_of_their_own(repo, tmp_path, monkeypa
     )
     companions = {"tokenizer": tmp_path / "words", "tokenizer_2": tmp_path / "pieces"}
     assert found["text_encoder"].companions == companions
-    with pytest.raises(ModelFileMissing, match=r"tokenizer_2_path: .*nowhere does not exist"):
+    with pytest.raises(ConfigError, match=r"^tokenizer_2_path: 'nowhere' is neither a folder"):
         resolve("text_encoder", model_id_with_origin_paths=BY_ID, tokenizer_2_path="nowhere")
     with pytest.raises(ValidationError, match="tokenizer_path, tokenizer_1_path: are two names of the same folder"):
         resolve("text_encoder", model_id_with_origin_paths=BY_ID, tokenizer_path="words", tokenizer_1_path="words")

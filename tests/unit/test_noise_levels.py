@@ -208,7 +208,7 @@ def test_snapping_collapses_the_grid_as_in_the_reference(schedule, num_distinct,
     assert max(counts.values()) == most_often
     timesteps = (1000 * sigma_grid(schedule)).bfloat16()
     assert float((sigma_grid(schedule) - timesteps.float() / 1000).abs().max()) == pytest.approx(0.002, abs=1e-4)
-    assert torch.equal(level.model_sigma, (timesteps / 1000).float())  # the reference divides in bf16
+    assert torch.equal(level.model_sigma, timesteps.float() / 1000)
     assert float(level.weight.double().mean()) == pytest.approx(1, abs=1e-4)
 
 
@@ -284,7 +284,7 @@ def test_the_loss_of_given_latents_noise_and_timestep(tiny_repo, weighting, snap
         told = sigmas[place]
         if snap:
             timestep = torch.tensor(1000 * told).bfloat16()
-            told = float(timestep / 1000)
+            told = float(timestep) / 1000
             place = int(np.abs(1000 * sigmas - float(timestep)).argmin())
         sigma = sigmas[place]
         weight = {"bell": weights[place], "none": 1, "min_snr": sigma**2 * min(((1 - sigma) / sigma) ** 2, 5)}
