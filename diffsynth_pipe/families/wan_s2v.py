@@ -51,11 +51,12 @@ LORA_LAYERS = {
 
 @dataclass(frozen=True, slots=True)
 class AudioEncoder:
-    """wav2vec 2.0, what prepares audio for it, and the dtype that it computes in, which may not be that of weights."""
+    """wav2vec 2.0, what prepares audio for it, and how it computes, which its weights may not tell."""
 
     model: Any
     processor: Any
     dtype: dtype
+    device: device
 
 
 def load_audio_encoder(files: ComponentFiles, dtype: dtype, device: device) -> AudioEncoder:
@@ -72,7 +73,7 @@ def load_audio_encoder(files: ComponentFiles, dtype: dtype, device: device) -> A
         raise ModelError(
             f"{folder}: hears {processor.sampling_rate} samples a second, not {AUDIO_SAMPLE_RATE}; name another"
         )
-    return AudioEncoder(load_encoder(Wav2Vec2ForCTC, files, dtype, device).wav2vec2, processor, dtype)
+    return AudioEncoder(load_encoder(Wav2Vec2ForCTC, files, dtype, device).wav2vec2, processor, dtype, device)
 
 
 def load_dit(files: ComponentFiles, dtype: dtype, device: device) -> Any:
@@ -147,11 +148,10 @@ def encode_audio(components: Components, inputs: Mapping[str, Any]) -> dict[str,
     import torch
 
     encoder: AudioEncoder = components["audio_encoder"]
-    model = encoder.model
     samples = encoder.processor(
         inputs["input_audio"], sampling_rate=AUDIO_SAMPLE_RATE, return_tensors="pt"
     ).input_values
-    states = model(samples.to(model.device, encoder.dtype), output_hidden_states=True).hidden_states
+    states = encoder.model(samples.to(encoder.device, encoder.dtype), output_hidden_states=True).hidden_states
     hidden = torch.cat(states).float().transpose(1, 2)
     num_features = int(hidden.shape[2] / WAV2VEC_RATE * FEATURE_RATE)
     features = torch.nn.functional.interpolate(hidden, size=num_features, mode="linear", align_corners=True)
