@@ -1,5 +1,6 @@
 """BatchReader and Prefetcher: padding, reuse, damage, threads, forks."""
 
+import mmap
 import os
 import signal
 import threading
@@ -73,11 +74,13 @@ def assert_holds(batch, numbers):
 
 
 @pytest.mark.parametrize("num_threads", [0, 3])
-def test_reused_buffers_leak_nothing_into_padding(snapshot, num_threads):
+def test_reused_buffers_start_at_pages_and_leak_nothing_into_padding(snapshot, num_threads):
     with BatchReader(snapshot, FIELDS, num_threads=num_threads) as reader:
         buffers = reader.buffers()
         for numbers in ([1, 7, 1], [3, 9], [9, 3, 5, 1, 11], [3], [2, 4, 0], [0]):
-            assert_holds(reader.read(numbers, buffers), numbers)
+            batch = reader.read(numbers, buffers)
+            assert_holds(batch, numbers)
+            assert all(field.ctypes.data % mmap.PAGESIZE == 0 for field in batch.fields.values())
 
 
 def test_memory_comes_from_the_given_allocator_and_is_used_again(snapshot):
