@@ -36,7 +36,7 @@ from diffsynth_pipe.stages.plan import (
     summarize,
     trainable_models,
 )
-from diffsynth_pipe.training.run_dir import disk_errors, drop_states, file_digest, only_training, resumable
+from diffsynth_pipe.training.run_dir import damaged_states, disk_errors, drop_states, file_digest, only_training, resumable
 from diffsynth_pipe.training.trackers import check_packages
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _train(
                 config.with_absolute_paths().save(run_dir / "config.yaml")
             _warn_of_other_expert(family, config, files["dit"])
         accelerator.wait_for_everyone()  # rank 0 may have put back a checkpoint
-        resume = _resume_point(run_dir, plan.key)
+        resume = _resume_point(run_dir, plan.key, accelerator)
         engines.check_resume_step(accelerator, resume.checkpoint.step if resume else 0, run_dir)
         engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
         objective = _objective(config, family, accelerator)
@@ -377,16 +377,20 @@ def _micro_batch_sizes(config: RunConfig, family: ModelFamily, source: SampleSou
     return {bucket: max(1, config.max_batch_tokens // tokens) for bucket, tokens in num_tokens.items()}
 
 
-def _resume_point(run_dir: Path, key: str) -> ResumePoint | None:
-    """Return the newest checkpoint of the run that is whole; None if there is none."""
+def _resume_point(run_dir: Path, key: str, accelerator: Accelerator) -> ResumePoint | None:
+    """Return the newest checkpoint of the run that is whole; None if there is none. Every rank must take part."""
+    from accelerate.utils import broadcast_object_list
+
     from diffsynth_pipe.training.loop import STATE_VERSION, ResumePoint
 
+    # Read whole by one rank: a state may have hundreds of GB.
+    (damaged,) = broadcast_object_list([damaged_states(run_dir) if accelerator.is_main_process else None])
     for checkpoint in reversed(resumable(run_dir)):
-        try:
-            state = checkpoint.read_state()
-        except LaunchError as error:
-            logger.warning("%s; going back to an older checkpoint", error)
+        if checkpoint.step in damaged:
+            if accelerator.is_main_process:
+                logger.warning("%s; going back to an older checkpoint", damaged[checkpoint.step])
             continue
+        state = checkpoint.read_state()
         if state["key"] != key:
             raise ConfigError(f"{checkpoint.path} is a checkpoint of another run; move it out of {run_dir}")
         if state["version"] != STATE_VERSION:
