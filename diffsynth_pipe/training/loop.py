@@ -202,7 +202,10 @@ class Loop:
                 if self._is_validation_due(step):
                     with signals.peers_needed():
                         validation = self._validate(step, metrics)
-                    save |= validation is not None and stopping.update(step, validation.loss)
+                    if validation is not None and stopping.update(step, validation.loss):
+                        save = True
+                        if config.checkpoints_total_limit is None:
+                            self._asked_for.add(step)  # or it would give way to the next best
                 if save or stopping.should_stop:
                     if self._draws_levels:
                         metrics.write(step, loss_by_noise_decile=self._loss_by_decile.take())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from diffsynth_pipe.training.flow_match import SigmaDistribution
 from diffsynth_pipe.training.lora import LoraSettings, add_lora
 from diffsynth_pipe.training.loss_module import LossModule, OneLoss
 from diffsynth_pipe.training.randomness import SampleDraws
+from diffsynth_pipe.training.run_dir import list_checkpoints
 from diffsynth_pipe.training.sources import CachedSource
 from diffsynth_pipe.training.validation import Validator
 
@@ -216,7 +218,11 @@ def test_a_run_ends_when_its_patience_is_over_and_says_which_step_was_best(param
     assert 6 <= run["num_steps"] < 120
     assert run["best"] == {"step": 2 * losses.index(min(losses)) + 2, "loss": min(losses)}
     assert run["num_steps"] == run["best"]["step"] + 2 * 2
-    assert (result.path / f"step-{run['best']['step']:06d}" / "dit_lora.safetensors").exists()
+    best_so_far = [2 * number + 2 for number, loss in enumerate(losses) if loss < min(losses[:number], default=math.inf)]
+    assert len(best_so_far) > 1
+    checkpoints = list_checkpoints(result.path)
+    assert [checkpoint.step for checkpoint in checkpoints] == [*best_so_far, run["num_steps"]]
+    assert all((checkpoint.path / "dit_lora.safetensors").exists() for checkpoint in checkpoints)
     out = capfd.readouterr().out
     assert f"stopped at step {run['num_steps']} of 120: no better validation since {run['best']['step']}" in out
 
