@@ -17,7 +17,7 @@ from cache_store.local_copies import LocalCopies
 from cache_store.object_path import ObjectPath
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, TEMPLATE_MODEL, load_family, load_task, module_of
-from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError
+from diffsynth_pipe.errors import CacheMismatch, ConfigError
 from diffsynth_pipe.fingerprint import component_digest, json_digest
 from diffsynth_pipe.stages.plan import (
     STATE_OF_VERDICT,
@@ -36,7 +36,14 @@ from diffsynth_pipe.stages.plan import (
     summarize,
     trainable_models,
 )
-from diffsynth_pipe.training.run_dir import damaged_states, disk_errors, drop_states, file_digest, only_training, resumable
+from diffsynth_pipe.training.run_dir import (
+    damaged_states,
+    disk_errors,
+    drop_states,
+    file_digest,
+    only_training,
+    resumable,
+)
 from diffsynth_pipe.training.trackers import check_packages
 
 if TYPE_CHECKING:

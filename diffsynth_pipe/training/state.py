@@ -190,7 +190,8 @@ def _gathered(engine: Engine, parameters: Mapping[str, Parameter], kind: str | N
     for name, parameter in parameters.items():
         if not _is_zero(engine):
             value = parameter.detach() if kind is None else _inner_optimizer(engine).state.get(parameter, {}).get(kind)
-            value = value if _is_shaped_as(value, parameter) else None  # a number, of all but weights without dimensions
+            if not _is_shaped_as(value, parameter):
+                value = None  # a number, whatever it is of a weight without dimensions
         elif kind is None:
             from deepspeed.utils import safe_get_full_fp32_param
 

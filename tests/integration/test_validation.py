@@ -218,7 +218,9 @@ def test_a_run_ends_when_its_patience_is_over_and_says_which_step_was_best(param
     assert 6 <= run["num_steps"] < 120
     assert run["best"] == {"step": 2 * losses.index(min(losses)) + 2, "loss": min(losses)}
     assert run["num_steps"] == run["best"]["step"] + 2 * 2
-    best_so_far = [2 * number + 2 for number, loss in enumerate(losses) if loss < min(losses[:number], default=math.inf)]
+    best_so_far = [
+        2 * number + 2 for number, loss in enumerate(losses) if loss < min(losses[:number], default=math.inf)
+    ]
     assert len(best_so_far) > 1
     checkpoints = list_checkpoints(result.path)
     assert [checkpoint.step for checkpoint in checkpoints] == [*best_so_far, run["num_steps"]]
