@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import secrets
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from cache_store.object_path import Root
 
 KEY_DIGITS = 32
+_SESSION_TIME = "%Y%m%dT%H%M%S%f"
 PLACEMENT_COLUMNS = Placement._fields
 
 
@@ -144,10 +146,14 @@ class Journal:
             os.close(self._fd)
 
 
-def new_session() -> str:
-    """Return a name for a session; of two from one machine the later sorts last."""
-    now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-    return f"{now}-{os.getpid()}-{secrets.token_hex(3)}"
+def new_session(root: Root) -> str:
+    """Return a name for a session that sorts behind all segments, though a writer's clock was ahead of this one."""
+    begin = datetime.now(UTC)
+    newest = max((path.name for path in (root / SEGMENTS).glob("[0-9]*T[0-9]*-*")), default="")
+    with contextlib.suppress(ValueError, OverflowError):  # none, or not a segment
+        begun = datetime.strptime(newest.partition("-")[0], _SESSION_TIME).replace(tzinfo=UTC)
+        begin = max(begin, begun + timedelta(microseconds=1))
+    return f"{begin.strftime(_SESSION_TIME)}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
 def encode_line(entry: Mapping[str, Any]) -> bytes:
@@ -171,7 +177,7 @@ def retract(root: Root, segments: Mapping[str, Mapping[str, Collection[str]] | N
         segment: None if units is None else {unit: "".join(sorted(keys)) for unit, keys in units.items()}
         for segment, units in segments.items()
     }
-    journal = Journal(root, new_session())
+    journal = Journal(root, new_session(root))
     try:
         journal.append({"retracted": values})
     finally:

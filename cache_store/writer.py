@@ -49,7 +49,7 @@ class Writer:
         self._specs: dict[str, tuple[FieldSpec, ...]] = {}
         self._keys: dict[str, set[str]] = {}
         self._lock: FolderLock | None = None
-        self._session = new_session()
+        self._session = ""
         self._num_segments = 0
         self._journal: Journal | None = None
         self._segment: SegmentWriter | None = None
@@ -184,6 +184,7 @@ class Writer:
         if self._segment is None:
             create_store(self._root, self._backend.name)
             self._hold()
+            self._session = self._session or new_session(self._root)
             self._folder = scratch_folder(self._root / SCRATCH, self._segment_id())
             self._segment = self._backend.open_segment(self._folder)
             self._commit_due_s = time.monotonic() + self._commit_seconds
@@ -216,7 +217,7 @@ class Writer:
         self._segment = None
         self._pending = {}
         self._close_journal()
-        self._session = new_session()
+        self._session = ""
         self._num_segments = 0
 
     def _close_journal(self) -> None:

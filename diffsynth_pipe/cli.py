@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,10 +15,9 @@ from cache_store.contract import CacheCorrupt, CacheNotFound
 from cache_store.object_path import root_of
 from diffsynth_pipe.config import RunConfig, Stage, load_config
 from diffsynth_pipe.errors import USER_ERRORS, ConfigError, ModelFileMissing
-from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
+from diffsynth_pipe.flags import FlagParser, add_config_flags, closed_pipe_exit, config_from_args, stages_from_flag
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Sequence
 
     from diffsynth_pipe.stages.plan import StageResult
@@ -27,7 +28,16 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 2, and one line on stderr, for what the user can cure."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            return _main(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return closed_pipe_exit()
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
         args = _parser().parse_flags(argv)
         args.command(args)
@@ -123,7 +133,7 @@ def _add_cache_commands(parser: argparse.ArgumentParser) -> None:
     repair = add("repair", _cache_repair, "rescue what is whole; with the run file, encode again what is lost")
     gc = add("gc", _cache_gc, "delete what no kept snapshot and no writer may need")
     gc.add_argument("--keep", metavar="N", type=_positive, default=2, help="newest snapshots to keep; default: 2")
-    gc.add_argument("--grace-hours", metavar="H", type=float, default=24.0, help="keep what is younger; default: 24")
+    gc.add_argument("--grace-hours", metavar="H", type=_hours, default=24.0, help="keep what is younger; default: 24")
     gc.add_argument("--unsealed", action="store_true", help="also records that no snapshot ever named")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     add("compact", _cache_compact, "copy the records of many small segments into few large ones")
@@ -147,10 +157,21 @@ def _add_family(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        message = f"must be a whole number from 1 on, got {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return int(text)
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = math.nan
+    if not hours >= 0:
+        message = f"must be a number from 0 on, got {text!r}"
+        raise argparse.ArgumentTypeError(message)
+    return hours
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -268,8 +289,11 @@ def _schema(_: argparse.Namespace) -> None:
 
 def _tiny_model(args: argparse.Namespace) -> None:
     from diffsynth_pipe.contracts import load_family
+    from diffsynth_pipe.training.run_dir import disk_errors
 
-    load_family(args.family).write_tiny(args.folder)
+    family = load_family(args.family)
+    with disk_errors(args.folder):
+        family.write_tiny(args.folder)
     print(args.folder)
 
 

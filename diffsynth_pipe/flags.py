@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -82,6 +85,12 @@ def stages_from_flag(flag: str, value: str) -> tuple[Stage, ...]:
         message = f"{flag}: {unknown[0]!r} is not a stage; accepted: {', '.join(known)}"
         raise ConfigError(message)
     return tuple(stage for stage in known if stage in comma_list(value))
+
+
+def closed_pipe_exit() -> int:
+    """Return the exit code of a program whose output nobody reads on, as before ``| head``; what is left is dropped."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter reports it at its end
+    return 128 + signal.SIGPIPE
 
 
 def _default_text(name: str) -> str:

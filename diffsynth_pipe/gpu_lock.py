@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+DEVICE_ORDER = "PCI_BUS_ID"
+"""``CUDA_DEVICE_ORDER`` of the processes that are launched: nvidia-smi's. CUDA's own begins with the fastest GPU."""
+
+
 def visible_gpus() -> list[str]:
-    """Return the UUIDs of the GPUs that ``CUDA_VISIBLE_DEVICES`` leaves to this process; none without a driver."""
+    """Return the UUIDs of the GPUs that ``CUDA_VISIBLE_DEVICES`` leaves to what is launched; none without a driver."""
     query = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
     try:
         output = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -30,6 +34,8 @@ def visible_gpus() -> list[str]:
     if chosen is None:
         return list(uuids.values())
     names = [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    if any(map(str.isdigit, names)) and os.environ.get("CUDA_DEVICE_ORDER", DEVICE_ORDER) != DEVICE_ORDER:
+        return list(uuids.values())  # nvidia-smi cannot tell which of them these numbers are
     # CUDA takes the beginning of a UUID too. No GPU twice: who holds it would wait for itself.
     found = [uuids.get(name) or next((u for u in uuids.values() if u.startswith(name)), name) for name in names]
     return list(dict.fromkeys(found))

@@ -22,7 +22,7 @@ import yaml
 from cache_store.durable import move_aside
 from diffsynth_pipe.contracts import load_task
 from diffsynth_pipe.errors import ConfigError, LaunchError, PipeError
-from diffsynth_pipe.gpu_lock import hold, visible_gpus, wait_for_lock
+from diffsynth_pipe.gpu_lock import DEVICE_ORDER, hold, visible_gpus, wait_for_lock
 from diffsynth_pipe.stages.plan import STATE_OF_VERDICT, StageResult, plan_data_process, plan_train, summarize
 from diffsynth_pipe.training.run_dir import disk_errors, drop_states
 
@@ -252,7 +252,7 @@ def run_supervised(
         run_dir: Created if missing; one command at a time may use it.
         log_name: File in ``run_dir`` that the output is appended to.
         on_line: Gets each line; of a progress bar what a terminal shows, at most every ``PROGRESS_S``.
-        env: Laid over this process's environment.
+        env: Laid over this process's environment, which without ``CUDA_DEVICE_ORDER`` gets ``DEVICE_ORDER``.
         grace_s: How long an exception here waits for the descendants to stop.
         guard_grace_s: How long the descendants may take after SIGTERM before SIGKILL.
         prepare: Called once ``run_dir`` is ours; the command starts if it returns True.
@@ -292,7 +292,7 @@ def run_supervised(
                 *(sys.executable, "-m", "diffsynth_pipe.guard"),
                 *("--parent", str(getpid()), "--grace", str(guard_grace_s), "--", *command),
             ],
-            env={**environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+            env={"CUDA_DEVICE_ORDER": DEVICE_ORDER, **environ, "PYTHONUNBUFFERED": "1", **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -18,7 +18,7 @@ from pydantic import Field, WithJsonSchema
 from diffsynth_pipe.config import RunConfig, Stage, load_config, overrides_schema
 from diffsynth_pipe.errors import USER_ERRORS, ConfigError
 from diffsynth_pipe.fingerprint import run_name
-from diffsynth_pipe.flags import FlagParser, add_config_flags, config_from_args, stages_from_flag
+from diffsynth_pipe.flags import FlagParser, add_config_flags, closed_pipe_exit, config_from_args, stages_from_flag
 from diffsynth_pipe.guard import stop_with_parent
 from diffsynth_pipe.launch import plan_stages, stage_config
 from diffsynth_pipe.stages.explain import changes_since
@@ -114,7 +114,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command goes on where it can\n")
         return 130
-    sys.stdout.write("\n".join(["", *closing_lines(results), ""]))
+    try:
+        sys.stdout.write("\n".join(["", *closing_lines(results), ""]))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return closed_pipe_exit()
     return 0
 
 

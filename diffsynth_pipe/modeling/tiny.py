@@ -27,6 +27,8 @@ def write_repository(folder: Path, build: Callable[[], Any], complete: Callable[
 
     if (folder / "model_index.json").exists():
         return
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{str(folder)!r} is not a folder; choose a new one")
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{str(folder)!r} is not empty and holds no model_index.json; choose a new folder")
     with torch.random.fork_rng(devices=[]):

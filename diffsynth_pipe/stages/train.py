@@ -17,7 +17,7 @@ from cache_store.local_copies import LocalCopies
 from cache_store.object_path import ObjectPath
 from diffsynth_pipe.config import comma_list
 from diffsynth_pipe.contracts import EMPTY_CAPTION_ID, TEMPLATE_MODEL, load_family, load_task, module_of
-from diffsynth_pipe.errors import CacheMismatch, ConfigError, LaunchError
+from diffsynth_pipe.errors import CacheMismatch, ConfigError
 from diffsynth_pipe.fingerprint import component_digest, json_digest
 from diffsynth_pipe.stages.plan import (
     STATE_OF_VERDICT,
@@ -36,7 +36,14 @@ from diffsynth_pipe.stages.plan import (
     summarize,
     trainable_models,
 )
-from diffsynth_pipe.training.run_dir import disk_errors, drop_states, file_digest, only_training, resumable
+from diffsynth_pipe.training.run_dir import (
+    damaged_states,
+    disk_errors,
+    drop_states,
+    file_digest,
+    only_training,
+    resumable,
+)
 from diffsynth_pipe.training.trackers import check_packages
 
 if TYPE_CHECKING:
@@ -130,6 +137,7 @@ def _live_source(config: RunConfig) -> SampleSource:
 def _train(
     config: RunConfig, family: ModelFamily, split: Cut, files: Mapping[str, ComponentFiles], source: SampleSource
 ) -> StageResult:
+    from diffsynth_pipe.stages.live import LiveSource
     from diffsynth_pipe.training import engine as engines
     from diffsynth_pipe.training.sources import hold_out
 
@@ -157,6 +165,8 @@ def _train(
             drop_states(run_dir)
         accelerator.end_training()
         return StageResult(stage="train", state="Cached", key=plan.key, path=run_dir, summary=summarize(plan))
+    if isinstance(source, LiveSource):
+        _ = source.components  # refused before the denoiser is loaded
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             with disk_errors(run_dir):
@@ -165,7 +175,7 @@ def _train(
                 config.with_absolute_paths().save(run_dir / "config.yaml")
             _warn_of_other_expert(family, config, files["dit"])
         accelerator.wait_for_everyone()  # rank 0 may have put back a checkpoint
-        resume = _resume_point(run_dir, plan.key)
+        resume = _resume_point(run_dir, plan.key, accelerator)
         engines.check_resume_step(accelerator, resume.checkpoint.step if resume else 0, run_dir)
         engines.set_accumulation(accelerator, config, resume.state["num_micro_batches"] if resume else None)
         objective = _objective(config, family, accelerator)
@@ -383,16 +393,20 @@ def _micro_batch_sizes(config: RunConfig, family: ModelFamily, source: SampleSou
     return {bucket: max(1, config.max_batch_tokens // tokens) for bucket, tokens in num_tokens.items()}
 
 
-def _resume_point(run_dir: Path, key: str) -> ResumePoint | None:
-    """Return the newest checkpoint of the run that is whole; None if there is none."""
+def _resume_point(run_dir: Path, key: str, accelerator: Accelerator) -> ResumePoint | None:
+    """Return the newest checkpoint of the run that is whole; None if there is none. Every rank must take part."""
+    from accelerate.utils import broadcast_object_list
+
     from diffsynth_pipe.training.loop import STATE_VERSION, ResumePoint
 
+    # Read whole by one rank: a state may have hundreds of GB.
+    (damaged,) = broadcast_object_list([damaged_states(run_dir) if accelerator.is_main_process else None])
     for checkpoint in reversed(resumable(run_dir)):
-        try:
-            state = checkpoint.read_state()
-        except LaunchError as error:
-            logger.warning("%s; going back to an older checkpoint", error)
+        if checkpoint.step in damaged:
+            if accelerator.is_main_process:
+                logger.warning("%s; going back to an older checkpoint", damaged[checkpoint.step])
             continue
+        state = checkpoint.read_state()
         if state["key"] != key:
             raise ConfigError(f"{checkpoint.path} is a checkpoint of another run; move it out of {run_dir}")
         if state["version"] != STATE_VERSION:

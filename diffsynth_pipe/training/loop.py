@@ -25,7 +25,7 @@ from diffsynth_pipe.training.optim import MovingAverage, learning_rates
 from diffsynth_pipe.training.randomness import CaptionDropout, SampleDraws
 from diffsynth_pipe.training.signals import StopSignals
 from diffsynth_pipe.training.sources import to_device
-from diffsynth_pipe.training.validation import EarlyStopping, Validator
+from diffsynth_pipe.training.validation import NUM_LEVELS, EarlyStopping, Validator
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -143,6 +143,7 @@ class Loop:
             engine.compute_dtype,
             num_samples=config.num_validation_samples,
             held_out=config.num_held_out_samples > 0,
+            num_levels=NUM_LEVELS if self._draws_levels else 1,
         )
         self._loss_before: float | None = None
         self._saved_at = time.monotonic()
@@ -201,7 +202,10 @@ class Loop:
                 if self._is_validation_due(step):
                     with signals.peers_needed():
                         validation = self._validate(step, metrics)
-                    save |= validation is not None and stopping.update(step, validation.loss)
+                    if validation is not None and stopping.update(step, validation.loss):
+                        save = True
+                        if config.checkpoints_total_limit is None:
+                            self._asked_for.add(step)  # or it would give way to the next best
                 if save or stopping.should_stop:
                     if self._draws_levels:
                         metrics.write(step, loss_by_noise_decile=self._loss_by_decile.take())

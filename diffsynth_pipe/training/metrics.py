@@ -48,11 +48,12 @@ class Metrics:
         self._trackers: list[Tracker] = []
         if enabled:
             path = run_dir / METRICS_FILE
-            if resume_step is None:
-                move_aside(path)
-            self._trackers = open_file_trackers(config, run_dir)
-            self._file = path.open("a+", encoding="utf-8")
-            self._replay(resume_step or 0)
+            with disk_errors(path):
+                if resume_step is None:
+                    move_aside(path)
+                self._trackers = open_file_trackers(config, run_dir)
+                self._file = path.open("a+", encoding="utf-8")
+                self._replay(resume_step or 0)
             self._trackers += open_service_trackers(config, run_dir)
 
     def _replay(self, last_step: int) -> None:

@@ -26,7 +26,8 @@ def make_optimizer(config: RunConfig, parameters: Iterable[Parameter] | Sequence
     """Make the optimizer that ``customized_optimizer`` names, or AdamW, for parameters or groups of them.
 
     Raises:
-        ConfigError: There is no such class, or it refuses to be called with (params, lr, weight_decay).
+        ConfigError: There is no such class, it refuses to be called with (params, lr, weight_decay), or it keeps other
+            weights for training than for use, as schedule-free ones do.
     """
     path = config.customized_optimizer or "torch.optim.AdamW"
     module, _, name = path.rpartition(".")
@@ -40,6 +41,11 @@ def make_optimizer(config: RunConfig, parameters: Iterable[Parameter] | Sequence
         raise ConfigError(f"customized_optimizer: {path}(params, lr, weight_decay) fails: {error}") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(f"customized_optimizer: {path} makes a {type(optimizer).__name__}, not a torch Optimizer")
+    if callable(getattr(optimizer, "eval", None)):
+        raise ConfigError(
+            f"customized_optimizer: {path} must be switched between train() and eval(), as its weights in training are"
+            " not those to use; that is not supported: take another, with use_ema for averaged weights"
+        )
     return optimizer
 
 

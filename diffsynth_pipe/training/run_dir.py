@@ -61,16 +61,26 @@ class Checkpoint:
         """Return what ``state.json`` says.
 
         Raises:
-            LaunchError: It, or a file that it names, is not what was written.
+            LaunchError: It cannot be read.
         """
         try:
             state: dict[str, Any] = json.loads((self.state_folder / STATE_FILE).read_bytes())
-            for name, digest in state["files"].items():
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"{self.state_folder} cannot be read: {error}") from error
+        return state
+
+    def verify_state(self) -> None:
+        """Read every byte of the training state.
+
+        Raises:
+            LaunchError: A file is not what was written.
+        """
+        try:
+            for name, digest in self.read_state()["files"].items():
                 if file_digest(self.state_folder / name) != digest:
                     raise LaunchError(f"{self.state_folder / name} is not what was written")
         except (OSError, ValueError, KeyError) as error:
             raise LaunchError(f"{self.state_folder} cannot be read: {error}") from error
-        return state
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Checkpoint:
@@ -133,6 +143,19 @@ def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
 def resumable(run_dir: Path) -> list[Checkpoint]:
     """Return the checkpoints from which training can go on, in order of their steps."""
     return [checkpoint for checkpoint in list_checkpoints(run_dir) if checkpoint.is_resumable]
+
+
+def damaged_states(run_dir: Path) -> dict[int, str]:
+    """Return what is wrong with the training states that are newer than the newest whole one, by step."""
+    damaged = {}
+    for checkpoint in reversed(resumable(run_dir)):
+        try:
+            checkpoint.verify_state()
+        except LaunchError as error:
+            damaged[checkpoint.step] = str(error)
+        else:
+            break
+    return damaged
 
 
 def file_digest(path: Path) -> str:

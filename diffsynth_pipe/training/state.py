@@ -164,7 +164,8 @@ def _kinds(engine: Engine, parameters: Mapping[str, Parameter]) -> tuple[list[st
     numbers: dict[str, dict[str, float]] = {}
     for stepped_on, state in _inner_optimizer(engine).state.items():
         for kind, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == stepped_on.shape and value.ndim:
+            # Of a weight without dimensions, the counter of torch's optimizers has the shape of the moments.
+            if _is_shaped_as(value, stepped_on) and (stepped_on.ndim or kind != "step"):
                 kinds.add(kind)
                 continue
             number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
@@ -173,6 +174,10 @@ def _kinds(engine: Engine, parameters: Mapping[str, Parameter]) -> tuple[list[st
             # A flat piece of ZeRO's stands for all parameters: they step together.
             numbers.setdefault(kind, {}).update(dict.fromkeys(names.get(stepped_on, parameters), number))
     return sorted(kinds), numbers
+
+
+def _is_shaped_as(value: object, weight: Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == weight.shape
 
 
 def _number(value: float) -> Tensor | int:
@@ -185,6 +190,8 @@ def _gathered(engine: Engine, parameters: Mapping[str, Parameter], kind: str | N
     for name, parameter in parameters.items():
         if not _is_zero(engine):
             value = parameter.detach() if kind is None else _inner_optimizer(engine).state.get(parameter, {}).get(kind)
+            if not _is_shaped_as(value, parameter):
+                value = None  # a number, whatever it is of a weight without dimensions
         elif kind is None:
             from deepspeed.utils import safe_get_full_fp32_param
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffsynth_pipe.training.sources import SampleSource
 
 NUM_LEVELS = 4
-"""Noise levels per sample: the middles of as many equal parts of their distribution, the noisiest first."""
+"""Noise levels per sample where the loss depends on one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,10 +107,14 @@ class EarlyStopping:
 
 
 class ValidationDraws:
-    """Draws of the bank: visit k stands for noise level k; no seed of a run changes them."""
+    """Draws of the bank: visit k stands for noise level k; no seed of a run changes them.
 
-    def __init__(self, sample_ids: Sequence[str], visits: Sequence[int]) -> None:
+    The levels are the middles of ``num_levels`` equal parts of their distribution, the noisiest first.
+    """
+
+    def __init__(self, sample_ids: Sequence[str], visits: Sequence[int], num_levels: int = NUM_LEVELS) -> None:
         self._levels = visits
+        self._num_levels = num_levels
         self._draws = SampleDraws(0, sample_ids, visits, stream="validation")
 
     def noise(self, like: Tensor, purpose: str = "noise") -> Tensor:
@@ -121,7 +125,7 @@ class ValidationDraws:
         """Return the middle of each item's part of the noise levels, fp64; for other purposes random numbers."""
         if purpose != TIMESTEP:
             return self._draws.uniform(purpose)
-        return torch.tensor([(2 * level + 1) / (2 * NUM_LEVELS) for level in self._levels], dtype=torch.float64)
+        return torch.tensor([(2 * level + 1) / (2 * self._num_levels) for level in self._levels], dtype=torch.float64)
 
 
 class Validator:
@@ -134,6 +138,7 @@ class Validator:
         compute_dtype: Dtype of the float fields.
         num_samples: At most so many samples of the source make up the bank.
         held_out: Whether they are kept from training.
+        num_levels: Noise levels per sample; 1 where the loss depends on none.
     """
 
     def __init__(
@@ -145,12 +150,14 @@ class Validator:
         *,
         num_samples: int,
         held_out: bool,
+        num_levels: int = NUM_LEVELS,
     ) -> None:
         self._model = model
         self._source = source
         self._accelerator = accelerator
         self._compute_dtype = compute_dtype
-        self._plans = validation_plans(source.bucket_sizes, num_samples)
+        self._num_levels = num_levels
+        self._plans = validation_plans(source.bucket_sizes, num_samples, num_levels)
         self._held_out = held_out
         self.base: list[list[float]] | None = None
         """Losses of the base model, ``[samples][levels]``, once they are measured. A resumed run must set them."""
@@ -200,16 +207,16 @@ class Validator:
         with _eval_mode(self._model):
             for raw in self._source.batches([self._plans[number % num_plans] for number in mine]):
                 batch = to_device(raw, self._accelerator.device, self._compute_dtype)
-                losses.append(self._model(batch, ValidationDraws(batch.sample_ids, batch.visits)))
+                losses.append(self._model(batch, ValidationDraws(batch.sample_ids, batch.visits, self._num_levels)))
         gathered = self._accelerator.gather(torch.stack(losses)).double().cpu()
         if not gathered.isfinite().all():
             raise LaunchError(f"step {step}: the validation loss is NaN or Inf; lower --learning_rate")
-        in_order = gathered.view(world_size, num_rounds, NUM_LEVELS).transpose(0, 1).flatten(0, 1)
+        in_order = gathered.view(world_size, num_rounds, self._num_levels).transpose(0, 1).flatten(0, 1)
         rows: list[list[float]] = in_order[:num_plans].tolist()
         return rows
 
 
-def validation_plans(bucket_sizes: Mapping[str, int], num_samples: int) -> list[BatchPlan]:
+def validation_plans(bucket_sizes: Mapping[str, int], num_samples: int, num_levels: int) -> list[BatchPlan]:
     """Choose samples spread evenly over the buckets, one batch per sample with one item per noise level."""
     names, ends = list(bucket_sizes), list(accumulate(bucket_sizes.values()))
     num_chosen = min(num_samples, ends[-1])
@@ -217,7 +224,7 @@ def validation_plans(bucket_sizes: Mapping[str, int], num_samples: int) -> list[
     for place in (number * ends[-1] // num_chosen for number in range(num_chosen)):
         bucket = names[bisect.bisect_right(ends, place)]
         index = place - (ends[names.index(bucket)] - bucket_sizes[bucket])
-        plans.append(BatchPlan(bucket, (index,) * NUM_LEVELS, tuple(range(NUM_LEVELS))))
+        plans.append(BatchPlan(bucket, (index,) * num_levels, tuple(range(num_levels))))
     return plans
 
 

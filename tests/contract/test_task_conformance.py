@@ -256,6 +256,7 @@ def test_one_process_and_two_stages_train_the_same_bits(case, settings):
     assert losses_of(split.path) == losses_of(whole.path)
     assert len(losses_of(split.path)[0]) >= 3 * settings["num_epochs"]
     has_levels = case.task.draws_noise_levels or case.task.takes_turns
+    assert len(split.summary["validation"]["loss_by_level"]) == (4 if has_levels else 1)
     assert ("loss_by_noise_decile" in (split.path / "metrics.jsonl").read_text()) == has_levels
 
 

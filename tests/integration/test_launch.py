@@ -270,9 +270,15 @@ def test_visible_gpus_are_named_by_their_uuid(tmp_path, monkeypatch, visible, ex
     driver.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert visible_gpus() == expected
+    show = python("import os; print(os.environ['CUDA_DEVICE_ORDER'])")
+    assert run(show, tmp_path) == ["PCI_BUS_ID"]  # as the driver numbers them
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    assert run(show, tmp_path) == ["FASTEST_FIRST"]
+    assert visible_gpus() == (["GPU-aa", "GPU-bb"] if visible in ("1", "1,0,1") else expected)
 
 
 def test_progress_bar_is_thinned_to_what_a_terminal_shows_last(tmp_path):

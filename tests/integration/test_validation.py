@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from cache_store.store import Cache, SealedSample
 from diffsynth_pipe.config import load_config
 from diffsynth_pipe.contracts import load_family, load_task
 from diffsynth_pipe.stages.data_process import data_process
+from diffsynth_pipe.stages.live import LiveSource
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.train import main
 from diffsynth_pipe.training.flow_match import SigmaDistribution
 from diffsynth_pipe.training.lora import LoraSettings, add_lora
 from diffsynth_pipe.training.loss_module import LossModule, OneLoss
 from diffsynth_pipe.training.randomness import SampleDraws
+from diffsynth_pipe.training.run_dir import list_checkpoints
 from diffsynth_pipe.training.sources import CachedSource
 from diffsynth_pipe.training.validation import Validator
 
@@ -192,7 +195,7 @@ def test_held_out_samples_are_never_trained_on(parameters, cache_dir, monkeypatc
     assert seen["validation"] < set(HELD_OUT)
 
 
-def test_live_encoding_holds_out_the_same_samples_as_the_cache(run_config):
+def test_live_encoding_holds_out_the_same_samples_as_the_cache(run_config, monkeypatch):
     config = run_config(max_pixels=1024, num_held_out_samples=2)
     data_process(config)
     cached = train(config.model_copy(update={"task": "sft:train"}))
@@ -200,6 +203,8 @@ def test_live_encoding_holds_out_the_same_samples_as_the_cache(run_config):
     assert cached.summary["num_steps"] == 4
     for name in ("key", "digests", "validation", "best"):
         assert live.summary[name] == cached.summary[name]
+    monkeypatch.delattr(LiveSource, "components")  # a finished run loads no encoder
+    assert train(config.model_copy(update={"output_path": f"{config.output_path}-live"})).state == "Cached"
 
 
 def test_a_run_ends_when_its_patience_is_over_and_says_which_step_was_best(parameters, capfd):
@@ -213,7 +218,13 @@ def test_a_run_ends_when_its_patience_is_over_and_says_which_step_was_best(param
     assert 6 <= run["num_steps"] < 120
     assert run["best"] == {"step": 2 * losses.index(min(losses)) + 2, "loss": min(losses)}
     assert run["num_steps"] == run["best"]["step"] + 2 * 2
-    assert (result.path / f"step-{run['best']['step']:06d}" / "dit_lora.safetensors").exists()
+    best_so_far = [
+        2 * number + 2 for number, loss in enumerate(losses) if loss < min(losses[:number], default=math.inf)
+    ]
+    assert len(best_so_far) > 1
+    checkpoints = list_checkpoints(result.path)
+    assert [checkpoint.step for checkpoint in checkpoints] == [*best_so_far, run["num_steps"]]
+    assert all((checkpoint.path / "dit_lora.safetensors").exists() for checkpoint in checkpoints)
     out = capfd.readouterr().out
     assert f"stopped at step {run['num_steps']} of 120: no better validation since {run['best']['step']}" in out
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import google_crc32c
@@ -220,7 +221,15 @@ def test_a_key_is_stored_once_per_writer(tmp_path):
     assert cache.committed_keys() == {"latents": {key_of(0)}}
 
 
-def test_of_two_writers_with_one_key_the_last_counts(cache):
+class Lagging(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) - timedelta(days=1)
+
+
+@pytest.mark.parametrize("clock", [datetime, Lagging])
+def test_of_two_writers_with_one_key_the_last_counts(cache, monkeypatch, clock):
+    monkeypatch.setattr("cache_store.journal.datetime", clock)
     with cache.writer() as writer:
         writer.add("latents", key_of(1), {"latents": latents_of(99)}, [LATENTS])
     snapshot = cache.seal(samples_of(range(4)), {})

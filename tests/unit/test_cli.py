@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -95,6 +96,10 @@ def test_plan_shows_a_table_without_torch(tmp_path, tiny_repo):
         (["run", "run.yaml", "--seed", "x"], "seed: must be a valid integer"),
         (["run", "run.yaml", "--config", "run.yaml"], "argument --config: not allowed with argument RUN.yaml"),
         (["tiny-model", "folder", "--family", "qwen"], "family: 'qwen' is not one of"),
+        (["tiny-model", "run.yaml"], "'run.yaml' is not a folder; choose a new one"),
+        (["tiny-model", "run.yaml/folder"], "run.yaml/folder: [Errno 17] File exists: 'run.yaml'"),
+        (["cache", "gc", ".", "--grace-hours", "-1"], "argument --grace-hours: must be a number from 0 on, got '-1'"),
+        (["cache", "gc", ".", "--keep", "0"], "argument --keep: must be a whole number from 1 on, got '0'"),
     ],
 )
 def test_what_the_user_can_cure_is_one_line_and_exit_code_2(arguments, message, run_file, monkeypatch, capsys):
@@ -110,6 +115,15 @@ def test_the_process_exits_with_that_code(run_file):
     ended = python("-m", "diffsynth_pipe.cli", "run", "run.yaml", "--lora_rank", "0", cwd=run_file.parent)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "error: lora_rank: must be greater than or equal to 1, got '0'\n"
+
+
+def test_a_reader_who_stops_reading_ends_it_in_silence(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "diffsynth_pipe.cli", "schema"]
+    ended = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize(

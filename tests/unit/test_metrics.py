@@ -159,6 +159,13 @@ def test_a_full_disk_is_one_line_that_names_what_cannot_be_written(tmp_path, fil
     assert not [path for path in opened if path.is_relative_to(tmp_path)]
 
 
+def test_files_that_cannot_be_opened_are_one_line(tmp_path):
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(LaunchError) as caught:
+        write_steps(tmp_path, range(1))
+    assert str(caught.value).startswith(f"{tmp_path}/metrics.jsonl: [Errno 21] Is a directory: ")
+
+
 def test_other_ranks_write_nothing(tmp_path, capfd):
     with Metrics(LOGGED, tmp_path, 10, enabled=False) as metrics:
         metrics.write(1, loss=1.0)

@@ -152,9 +152,13 @@ def test_an_optimizer_by_its_dotted_path_gets_rate_and_decay():
         ("torch.optim", "torch.optim(params, lr, weight_decay) fails: 'module' object is not callable"),
         ("torch.optim.LBFGS", "torch.optim.LBFGS(params, lr, weight_decay) fails: LBFGS.__init__() got an unexpected"),
         ("builtins.dict", "builtins.dict makes a dict, not a torch Optimizer"),
+        ("torch.optim.ScheduleFree", "torch.optim.ScheduleFree must be switched between train() and eval(), as"),
     ],
 )
-def test_what_is_no_optimizer_is_refused_in_one_line(path, message):
+def test_what_is_no_optimizer_is_refused_in_one_line(path, message, monkeypatch):
+    # As the schedulefree package makes them.
+    methods = dict.fromkeys(("train", "eval"), lambda _: None)
+    monkeypatch.setattr(torch.optim, "ScheduleFree", type("ScheduleFree", (torch.optim.SGD,), methods), raising=False)
     with pytest.raises(ConfigError) as caught:
         make_optimizer(config(customized_optimizer=path), [torch.nn.Parameter(torch.ones(2))])
     assert str(caught.value).startswith(f"customized_optimizer: {message}")

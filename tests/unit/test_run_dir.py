@@ -13,6 +13,7 @@ def publish(run_dir, text):
     def write(folder):
         (folder / "lora").write_text(text)
         (folder / run_dirs.STATE_FOLDER).mkdir()
+        (folder / run_dirs.STATE_FOLDER / "weights").write_text(text)
         run_dirs.write_state(folder / run_dirs.STATE_FOLDER, {"text": text})
 
     return run_dirs.publish(run_dir, 5, write)
@@ -54,3 +55,13 @@ def test_states_stay_where_the_run_directory_cannot_be_written(tmp_path):
     (tmp_path / run_dirs._LOCK).mkdir()  # root, too, is refused to open it
     run_dirs.drop_states(tmp_path)
     assert checkpoint.is_resumable
+
+
+def test_reading_a_state_costs_no_digest_of_its_files(tmp_path):
+    """Rank 0 alone reads them whole, and tells the others."""
+    checkpoint = publish(tmp_path, "first")
+    weights = checkpoint.state_folder / "weights"
+    assert run_dirs.damaged_states(tmp_path) == {}
+    weights.write_text("sec0nd")
+    assert checkpoint.read_state()["text"] == "first"
+    assert run_dirs.damaged_states(tmp_path) == {5: f"{weights} is not what was written"}
