@@ -171,7 +171,7 @@ def test_speech_to_video_takes_the_columns_of_the_references_command(settings, t
         "data_file_keys": "video,input_audio,s2v_pose_video",
         "extra_inputs": "input_image,input_audio,s2v_pose_video",
         "model_id_with_origin_paths": ",".join(f"tiny/s2v:{name}/*.safetensors" for name in models),
-        "audio_processor_path": str(tmp_path / "models" / "tiny" / "s2v" / "audio_processor"),
+        "audio_processor_path": "tiny/s2v:audio_processor/",
         "cache_path": str(tmp_path / "cache"),
         "num_epochs": 2,
     }
