@@ -179,6 +179,10 @@ def test_speech_to_video_takes_the_columns_of_the_references_command(settings, t
         stages({**parameters, "framewise_decoding": True})
     result = stages(parameters)
     assert result.summary["num_steps"] == 4
+    with pytest.raises(
+        CacheMismatch, match="holds pose_latents, .* extra_inputs lacks s2v_pose_video; name it, or run"
+    ):
+        stages(parameters, extra_inputs="input_image,input_audio")
     snapshot = Cache.open(Path(parameters["cache_path"])).latest()
     assert snapshot.num_records["audio"] == 2  # of the same sound, beside another clip
     assert list(snapshot.bucket_members) == ["32x48x9+32x48x9"]
