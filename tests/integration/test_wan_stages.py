@@ -180,7 +180,7 @@ def test_speech_to_video_takes_the_columns_of_the_references_command(settings, t
     result = stages(parameters)
     assert result.summary["num_steps"] == 4
     with pytest.raises(
-        CacheMismatch, match="holds pose_latents, .* extra_inputs lacks s2v_pose_video; name it, or run"
+        CacheMismatch, match=r"holds pose_latents, .* extra_inputs lacks s2v_pose_video; name it, or run"
     ):
         stages(parameters, extra_inputs="input_image,input_audio")
     snapshot = Cache.open(Path(parameters["cache_path"])).latest()
