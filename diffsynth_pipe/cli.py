@@ -299,8 +299,10 @@ def _tiny_model(args: argparse.Namespace) -> None:
 
 def _convert_wan_s2v(args: argparse.Namespace) -> None:
     from diffsynth_pipe.modeling.wan_s2v_conversion import convert
+    from diffsynth_pipe.training.run_dir import disk_errors
 
-    convert(args.source, args.folder)
+    with disk_errors(args.folder):
+        convert(args.source, args.folder)
     print(args.folder)
 
 

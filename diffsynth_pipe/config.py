@@ -103,7 +103,6 @@ def _say_what_validators_know(schema: dict[str, Any]) -> None:
 
 _PATHS = (
     *("dataset_base_path", "dataset_metadata_path", "model_paths"),
-    "audio_processor_path",
     *("resume_from_checkpoint", "lora_checkpoint", "preset_lora_path", "output_path", "cache_path"),
     *("cache_copies_path", "nvme_path", "accelerate_config_file", "fp8_models", "offload_models"),
 )
@@ -111,7 +110,7 @@ _PATHS = (
 
 _FOLDERS = (
     *("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path"),
-    "template_model_id_or_path",
+    *("audio_processor_path", "template_model_id_or_path"),
 )
 """Fields that hold the path of a folder, or name one as ``MODEL_ID:FOLDER/``."""
 
@@ -369,8 +368,8 @@ class RunConfig(BaseModel):
         "model-specific",
         "nothing",
         None,
-        "Wan2.2-S2V: folder of the wav2vec 2.0 processor. Default: the one beside the audio encoder. The other families"
-        " of Wan do not hear: there it is checked, and no more.",
+        "Wan2.2-S2V: folder of the wav2vec 2.0 processor, or id:folder. Default: the one beside the audio encoder. The"
+        " other families of Wan do not hear: there a folder is checked, and no more.",
     )
     max_timestep_boundary: Fraction = _setting(
         "model-specific",

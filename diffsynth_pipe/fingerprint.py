@@ -47,6 +47,9 @@ def json_digest(value: Any) -> str:
     return bytes_digest(text.encode())
 
 
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".msgpack", ".h5", ".pt", ".pth")
+"""Of files that no tokenizer or processor reads: that of wav2vec 2.0 is published beside its weights, thrice."""
+
 _INPUTS = {
     *("dataset_base_path", "dataset_metadata_path", "model_paths", "model_id_with_origin_paths", "fp8_models"),
     *("tokenizer_path", "tokenizer_1_path", "tokenizer_2_path", "processor_path", "audio_processor_path"),
@@ -137,7 +140,7 @@ def record_key(unit_recipe_id: str, input_digests: Sequence[str]) -> str:
 
 
 def _is_content(file: Path) -> bool:
-    return file.is_file() and not file.name.startswith(".")
+    return file.is_file() and not file.name.startswith(".") and file.suffix not in WEIGHT_SUFFIXES
 
 
 def _database_path() -> Path:

@@ -101,11 +101,8 @@ def resolve_components(config: RunConfig, family: ModelFamily, names: Iterable[s
             other = "fp8_models" if entry in fp8_entries else "quant_options"
             raise ConfigError(f"offload_models: {entry.text!r} is named by {other} already; name it once")
     audio_processor = config.audio_processor_path
-    if audio_processor is not None and not Path(audio_processor, "preprocessor_config.json").is_file():
-        raise ConfigError(
-            f"audio_processor_path: {audio_processor} has no preprocessor_config.json; name the folder of a "
-            "wav2vec 2.0 processor, or leave it out"
-        )
+    if audio_processor is not None and ":" not in audio_processor:
+        _audio_processor(audio_processor)
     subfolders = {
         folder: name for name, spec in family.components.items() for folder in (spec.subfolder, *spec.other_subfolders)
     }
@@ -161,8 +158,19 @@ def _template_files(config: RunConfig) -> ComponentFiles:
     )
 
 
-def _named_folder(parameter: str, text: str, file: str = "") -> Path:
-    """Find a folder that is named by its path or as ``MODEL_ID:FOLDER/``; download it, if it lacks this file.
+def _audio_processor(text: str) -> Path:
+    """Find the folder of a wav2vec 2.0 processor; the weights may lie there too."""
+    file = "preprocessor_config.json"
+    folder = _named_folder("audio_processor_path", text, file, pattern="*.json")
+    if not (folder / file).is_file():
+        raise ConfigError(
+            f"audio_processor_path: {text} has no {file}; name the folder of a wav2vec 2.0 processor, or leave it out"
+        )
+    return folder
+
+
+def _named_folder(parameter: str, text: str, file: str = "", *, pattern: str = "*") -> Path:
+    """Find a folder that is named by its path or as ``MODEL_ID:FOLDER/``; download these files, if it lacks this one.
 
     Raises:
         ConfigError: It is neither.
@@ -177,7 +185,7 @@ def _named_folder(parameter: str, text: str, file: str = "") -> Path:
         raise ConfigError(f"{parameter}: {text!r} is neither a folder nor 'MODEL_ID:' nor 'MODEL_ID:FOLDER/'")
     folder = _models_folder() / model_id / subfolder
     if not (folder / file).exists() or (folder / UNFINISHED).exists():
-        _download(f"{parameter}: {text}", model_id, folder, [str(subfolder / "*")])
+        _download(f"{parameter}: {text}", model_id, folder, [str(subfolder / pattern)])
     return folder
 
 
@@ -275,7 +283,8 @@ def _component_files(source: _Source, spec: ComponentSpec, config: RunConfig) ->
     companions = {name: source.folder.parent / name for name in spec.companions}
     for parameter, name in COMPANION_PARAMETERS.items():
         if name in companions and (path := getattr(config, parameter)):
-            companions[name] = _named_folder(parameter, path)
+            is_audio = parameter == "audio_processor_path"
+            companions[name] = _audio_processor(path) if is_audio else _named_folder(parameter, path)
     _fetch(source, companions)
     weights = source.weights()
     shards = _indexed_shards(weights)

@@ -75,6 +75,8 @@ def load_audio(path: Path) -> NDArray[np.float32]:
                 raise DataError(f"{path}: has no audio stream; replace or remove it")
             for frame in chain(container.decode(container.streams.audio[0]), [None]):
                 pieces += [piece.to_ndarray().mean(axis=0) for piece in resampler.resample(frame)]
+    except DataError:  # a ValueError, too
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: does not exist; check dataset_base_path and the metadata") from error
     except (FFmpegError, ValueError) as error:

@@ -63,6 +63,7 @@ def convert(source: Path, target: Path) -> None:
         ModelError: The source is another model or not whole, or the target is there.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from diffsynth_pipe.modeling.wan_s2v import WanS2VTransformer3DModel
@@ -79,7 +80,10 @@ def convert(source: Path, target: Path) -> None:
         new = Path(scratch) / target.name
         new.mkdir()
         for path in sorted(source.glob("diffusion_pytorch_model*.safetensors")):
-            tensors = {_renamed(name): tensor for name, tensor in load_file(path).items()}
+            try:
+                tensors = {_renamed(name): tensor for name, tensor in load_file(path).items()}
+            except SafetensorError as error:
+                raise ModelError(f"{path}: is damaged ({error}); download it again") from error
             for name, tensor in tensors.items():
                 if expected.get(name) != tensor.shape:
                     raise ModelError(f"{path}: {name} has shape {list(tensor.shape)}, which config.json does not say")
@@ -102,8 +106,9 @@ def _settings(source: Path) -> dict[str, Any]:
         config: Mapping[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); name the folder of a {CLASS_NAME}") from error
-    if config.get("_class_name") != CLASS_NAME:
-        raise ModelError(f"{source}: holds a {config.get('_class_name')!r}, expected a {CLASS_NAME!r}")
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found != CLASS_NAME:
+        raise ModelError(f"{source}: holds a {found!r}, expected a {CLASS_NAME!r}")
     if not (config.get("zero_timestep") and config.get("enable_adain")):
         raise ModelError(f"{source}: is a {CLASS_NAME} without zero_timestep or enable_adain, which is not implemented")
     try:

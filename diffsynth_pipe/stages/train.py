@@ -109,6 +109,13 @@ def _cached_source(
             f"also needs {', '.join(missing)}; "
             "run data-process with this run's task, trainable_models and lora_base_model"
         )
+    for unit in family.units:
+        unread = [spec.name for spec in unit.outputs if spec.name in shapes and spec.name not in split.crossing]
+        if unread and unit.enabled_by and unit.enabled_by not in comma_list(config.extra_inputs):
+            raise CacheMismatch(
+                f"cache {snapshot.root} holds {unread[0]}, which training would leave out: extra_inputs lacks "
+                f"{unit.enabled_by}; name it, or run data-process without it"
+            )
     family.check_fields(json.loads((files["dit"].folder / "config.json").read_text(encoding="utf-8")), shapes)
     check_empty_caption(config, split)
     if (reader := reads_empty_caption(config)) and EMPTY_CAPTION_ID not in snapshot.reserved:

@@ -171,7 +171,7 @@ def test_speech_to_video_takes_the_columns_of_the_references_command(settings, t
         "data_file_keys": "video,input_audio,s2v_pose_video",
         "extra_inputs": "input_image,input_audio,s2v_pose_video",
         "model_id_with_origin_paths": ",".join(f"tiny/s2v:{name}/*.safetensors" for name in models),
-        "audio_processor_path": str(tmp_path / "models" / "tiny" / "s2v" / "audio_processor"),
+        "audio_processor_path": "tiny/s2v:audio_processor/",
         "cache_path": str(tmp_path / "cache"),
         "num_epochs": 2,
     }
@@ -179,6 +179,10 @@ def test_speech_to_video_takes_the_columns_of_the_references_command(settings, t
         stages({**parameters, "framewise_decoding": True})
     result = stages(parameters)
     assert result.summary["num_steps"] == 4
+    with pytest.raises(
+        CacheMismatch, match=r"holds pose_latents, .* extra_inputs lacks s2v_pose_video; name it, or run"
+    ):
+        stages(parameters, extra_inputs="input_image,input_audio")
     snapshot = Cache.open(Path(parameters["cache_path"])).latest()
     assert snapshot.num_records["audio"] == 2  # of the same sound, beside another clip
     assert list(snapshot.bucket_members) == ["32x48x9+32x48x9"]

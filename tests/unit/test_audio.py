@@ -50,6 +50,7 @@ def test_what_is_no_audio_is_refused_in_one_line(tmp_path):
         with pytest.raises(DataError, match=reason) as caught:
             load_audio(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name))
+        assert str(caught.value).count(str(tmp_path)) <= 1 + (name == "b.wav")
         assert "\n" not in str(caught.value)
 
 

@@ -174,7 +174,7 @@ def test_component_digest_covers_content_and_not_place(tmp_path, database):
     original = component_digest(component(tmp_path / "a"))
     assert original == component_digest(component(tmp_path / "elsewhere" / "b"))
     assert original == component_digest(
-        component(tmp_path / "c", **{"encoder/README.md": b"x", "tokenizer/.lock": b"x"})
+        component(tmp_path / "c", **{"encoder/README.md": b"x", "tokenizer/.lock": b"x", "tokenizer/model.bin": b"x"})
     )
     changed = [
         {"encoder/config.json": b"{ }"},

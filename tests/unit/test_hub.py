@@ -294,11 +294,15 @@ def test_tokenizer_path_overrides_the_sibling(repo, tmp_path):
 
 def test_audio_processor_path_must_hold_a_processor(repo, tmp_path):
     options = {"model_id_with_origin_paths": BY_ID, "family": "wan", "audio_processor_path": "wav2vec"}
+    with pytest.raises(ConfigError, match=r"^audio_processor_path: 'wav2vec' is neither a folder nor 'MODEL_ID:' nor"):
+        resolve("text_encoder", **options)
     (tmp_path / "wav2vec").mkdir()
-    with pytest.raises(ConfigError, match=r"audio_processor_path: .*wav2vec has no preprocessor_config"):
+    with pytest.raises(ConfigError, match=r"^audio_processor_path: wav2vec has no preprocessor_config"):
         resolve("text_encoder", **options)
     (tmp_path / "wav2vec" / "preprocessor_config.json").write_text("{}")
-    assert resolve("text_encoder", **options) == resolve("text_encoder", model_id_with_origin_paths=BY_ID)
+    found = resolve("text_encoder", **options)
+    assert found == resolve("text_encoder", **{**options, "audio_processor_path": "org/model:not/here/"})
+    assert found == resolve("text_encoder", model_id_with_origin_paths=BY_ID)
 
 
 def test_the_tokenizers_of_flux_have_paths_of_their_own(repo, tmp_path, monkeypatch):

@@ -147,17 +147,24 @@ def test_what_is_no_published_model_is_refused(original, converted, tmp_path, ca
     (tmp_path / "narrow" / "config.json").write_text(json.dumps({**ORIGINAL_CONFIG, "ffn_dim": 64}))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").write_text(json.dumps({**ORIGINAL_CONFIG, "zero_timestep": False}))
+    shutil.copytree(original, tmp_path / "cut")
+    (tmp_path / "cut" / "diffusion_pytorch_model-00001-of-00002.safetensors").write_bytes(bytes(9))
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
     for name, target, message in (
         ("half", "new", "lacks 91 weights, such as audio_injector.injector.0.norm_k.weight; download it again"),
         ("narrow", "new", "blocks.0.ffn.net.0.proj.bias has shape [48], which config.json does not say"),
         ("old", "new", "without zero_timestep or enable_adain, which is not implemented"),
         (converted, "new", "holds a 'WanS2VTransformer3DModel', expected a 'WanModel_S2V'"),
         ("nowhere", "new", "config.json: cannot be read"),
+        ("cut", "new", "diffusion_pytorch_model-00001-of-00002.safetensors: is damaged ("),
+        ("list", "new", "list: holds a None, expected a 'WanModel_S2V'"),
+        (original, "old/config.json/new", "old/config.json/new: [Errno 17] File exists"),
         (original, "half", "half: exists; name a new folder"),
     ):
         assert main(["convert-wan-s2v", str(tmp_path / name), str(tmp_path / target)]) == 2
         assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["half", "narrow", "old"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "half", "list", "narrow", "old"]
 
 
 @pytest.fixture(scope="module")
