@@ -60,6 +60,17 @@ def fsync_folder(folder: Root) -> None:
         os.close(fd)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Make all files below a folder durable, and their names."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            fsync_folder(path)
+            continue
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    fsync_folder(folder)
+
+
 class FolderLock:
     """A kernel lock on a folder, let go of when it is closed or its process ends, however it ends.
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cache_store.durable import publish_folder
+from cache_store.durable import fsync_tree, publish_folder
 from diffsynth_pipe.errors import ModelError
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def convert(source: Path, target: Path) -> None:
             index = {"metadata": {"total_size": num_bytes}, "weight_map": place}
             (new / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         model.save_config(new)
+        fsync_tree(new)
         publish_folder(new, target)
 
 

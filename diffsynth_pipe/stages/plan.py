@@ -372,6 +372,7 @@ def plan_train(config: RunConfig, data_digest: str | None = None) -> StagePlan:
             "version": TRAIN_VERSION,
             "parameters": config.keyed("weights"),
             "samples": data_digest,
+            "fields": sorted(plan_cut(config, family).crossing),
             "base_models": {name: component_digest(files) for name, files in base.items()},
             "lora_files": lora_file_digests(config),
             **initial_weights(config),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 from blake3 import blake3
 
-from cache_store.durable import fsync_folder, publish_folder
+from cache_store.durable import fsync_tree, publish_folder
 from diffsynth_pipe.errors import LaunchError, RunDirBusy
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def publish(run_dir: Path, step: int, write: Callable[[Path], None]) -> Checkpoi
     folder = scratch / checkpoint.path.name
     folder.mkdir(parents=True)
     write(folder)
-    _sync(folder)
+    fsync_tree(folder)
     if checkpoint.path.exists():
         (run_dir / _REPLACED).mkdir()
         checkpoint.path.rename(run_dir / _REPLACED / checkpoint.path.name)
@@ -233,13 +233,3 @@ def _delete(folder: Path, run_dir: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            fsync_folder(path)
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    fsync_folder(folder)

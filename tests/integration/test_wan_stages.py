@@ -18,7 +18,7 @@ from diffsynth_pipe.contracts import load_family, load_task
 from diffsynth_pipe.errors import CacheMismatch, ConfigError, ModelError
 from diffsynth_pipe.families.wan import write_tiny_variant
 from diffsynth_pipe.stages.data_process import data_process
-from diffsynth_pipe.stages.plan import check_switches
+from diffsynth_pipe.stages.plan import check_switches, plan_train
 from diffsynth_pipe.stages.train import train
 from diffsynth_pipe.training.flow_match import SigmaDistribution
 from diffsynth_pipe.training.loss_module import LossModule, OneLoss
@@ -179,10 +179,13 @@ def test_speech_to_video_takes_the_columns_of_the_references_command(settings, t
         stages({**parameters, "framewise_decoding": True})
     result = stages(parameters)
     assert result.summary["num_steps"] == 4
+    without_poses = {"extra_inputs": "input_image,input_audio"}
+    run = load_config(None, {**parameters, **without_poses, "task": "sft:train"})
+    assert plan_train(run).verdict == "build"
     with pytest.raises(
         CacheMismatch, match=r"holds pose_latents, .* extra_inputs lacks s2v_pose_video; name it, or run"
     ):
-        stages(parameters, extra_inputs="input_image,input_audio")
+        stages(parameters, **without_poses)
     snapshot = Cache.open(Path(parameters["cache_path"])).latest()
     assert snapshot.num_records["audio"] == 2  # of the same sound, beside another clip
     assert list(snapshot.bucket_members) == ["32x48x9+32x48x9"]
