@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cache_store.store import RESERVED_BUCKET
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffsynth_pipe.config import RunConfig
-    from diffsynth_pipe.contracts import Batch, Components, Sample
+    from diffsynth_pipe.contracts import Batch, Sample
     from diffsynth_pipe.stages.plan import EncodePlan
     from diffsynth_pipe.training.randomness import CaptionDropout
     from diffsynth_pipe.training.sampler import BatchPlan
@@ -36,23 +36,19 @@ class LiveSource:
     """
 
     def __init__(self, config: RunConfig, encoding: EncodePlan) -> None:
-        self._encoding, self._encode_dtype = encoding, config.encode_dtype
+        import torch
+
+        device, dtype = encode_device(), getattr(torch, config.encode_dtype)
         self._units = encoding.cut.cached
+        self._components: dict[str, Any] = {
+            name: encoding.family.components[name].load(files, dtype, device) for name, files in encoding.files.items()
+        }
         self._buckets: dict[str, list[Sample]] = {}
         for sample in encoding.samples:
             self._buckets.setdefault(sample.bucket, []).append(sample)
         self._reserved = {sample.sample_id: sample for sample in self._buckets.pop(RESERVED_BUCKET, ())}
         self._digest = encoding.digest
         self._num_threads = num_decode_threads(config.dataset_num_workers)
-
-    @cached_property
-    def components(self) -> Components:
-        """The encoders; loaded when they are first asked for, as a finished run needs none."""
-        import torch
-
-        device, dtype = encode_device(), getattr(torch, self._encode_dtype)
-        specs = self._encoding.family.components
-        return {name: specs[name].load(files, dtype, device) for name, files in self._encoding.files.items()}
 
     @property
     def bucket_sizes(self) -> Mapping[str, int]:
@@ -71,7 +67,7 @@ class LiveSource:
     def field_shape(self, bucket: str, field: str) -> tuple[int, ...]:
         """Return the shape that a field, not a ragged one, has in all samples of a bucket; one of them is encoded."""
         (unit,) = (unit for unit in self._units if field in (spec.name for spec in unit.outputs))
-        record = encode(unit, self.components, load_inputs(unit, self._buckets[bucket][0].inputs))
+        record = encode(unit, self._components, load_inputs(unit, self._buckets[bucket][0].inputs))
         return tuple(record[field].shape)
 
     def batches(self, plans: Iterable[BatchPlan], dropout: CaptionDropout | None = None) -> Iterator[Batch]:
@@ -112,5 +108,5 @@ class LiveSource:
     def _encode(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         record: dict[str, Tensor] = {}
         for unit in self._units:
-            record |= encode(unit, self.components, {name: inputs[name] for name in unit.inputs})
+            record |= encode(unit, self._components, {name: inputs[name] for name in unit.inputs})
         return record

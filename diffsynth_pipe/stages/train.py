@@ -144,7 +144,6 @@ def _live_source(config: RunConfig) -> SampleSource:
 def _train(
     config: RunConfig, family: ModelFamily, split: Cut, files: Mapping[str, ComponentFiles], source: SampleSource
 ) -> StageResult:
-    from diffsynth_pipe.stages.live import LiveSource
     from diffsynth_pipe.training import engine as engines
     from diffsynth_pipe.training.sources import hold_out
 
@@ -172,8 +171,6 @@ def _train(
             drop_states(run_dir)
         accelerator.end_training()
         return StageResult(stage="train", state="Cached", key=plan.key, path=run_dir, summary=summarize(plan))
-    if isinstance(source, LiveSource):
-        _ = source.components  # refused before the denoiser is loaded
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
             with disk_errors(run_dir):
